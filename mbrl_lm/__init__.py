@@ -1,0 +1,1 @@
+"""Model-based reinforcement learning of language models."""
