@@ -70,7 +70,7 @@ def make_protocol(kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_
     switch_RV = np.repeat(np.arange(R, dtype=np.int8)[:, None], V, axis=1)
     switch_RV[CONTEXT, TO_USER] = switch_RV[ASSISTANT, TO_USER] = USER
     switch_RV[CONTEXT, TO_ASSISTANT] = switch_RV[USER, TO_ASSISTANT] = ASSISTANT
-    switch_RV[:, [STOP, LEAVE]] = END
+    switch_RV[:, [PAD, STOP, LEAVE]] = END
 
     words_V = np.arange(V) >= FIRST_PIECE
     words_V[list(unknown)] = False
@@ -112,8 +112,8 @@ def parse(protocol: Protocol, token_BT: Array) -> tuple[Array, Array]:
         return switch_RV[role_B, token_B], role_B
 
     start_B = jnp.full(token_BT.shape[0], CONTEXT, jnp.int8)
-    _, author_TB = jax.lax.scan(read, start_B, token_BT.T)
-    author_BT = author_TB.T
+    _, role_TB = jax.lax.scan(read, start_B, token_BT.T)
+    author_BT = jnp.where(token_BT == PAD, jnp.int8(END), role_TB.T)  # a truncated row has no end token before its padding
     changed_BT = jnp.diff(author_BT, axis=1, prepend=author_BT[:, :1]) != 0
     return author_BT, jnp.cumsum(changed_BT, axis=1).astype(jnp.int16)
 

@@ -4,7 +4,7 @@ Every array's name ends in its axes; the same letters are its einsum operand and
 
     B rows (dialogues)   T tokens      S cached tokens   U assistant turns   R roles   V vocabulary   L layers
     D width              N query heads K key/value heads G = N / K           H head size               F MLP width
-    C candidates         E ensemble members              W bins of a two-hot head
+    C candidates         E ensemble members              W bins of a two-hot head          X taps of a convolution
 
 `U` counts the *assistant's* turns of a dialogue: they are the actions. Turn `u` is opened by the token that hands the floor
 to the assistant; its reward is everything that is earned until the next one opens, or until the dialogue ends.
@@ -51,7 +51,7 @@ class Dialogue:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens read so far: one array over the layers when they are scanned, else a tuple of L arrays.
+    """What each layer keeps of the tokens read: one array over the layers when they are scanned, else a tuple of L arrays.
 
     Heads stand before positions, (K, S, H): attention over the cache is then one contiguous product per head, which halves
     the time of a decode step on a CPU.
@@ -59,6 +59,7 @@ class KVCache:
 
     k_LBKSH: Any
     v_LBKSH: Any
+    x_LBSD: Any  # inputs of the causal convolution, `taps - 1` positions of zeros first
 
 
 @flax.struct.dataclass

@@ -1,0 +1,230 @@
+"""The one jitted token loop: a whole imagined conversation, whoever is speaking in each row.
+
+Each step writes exactly one token in *every* row. A row's role changes when that row writes its own hand-over token: there is
+no barrier at the turns, no padding between them, one scalar cache index and a purely causal mask. A row reads its prompt
+until that runs out, then samples; so ragged prompts need no padding on the left.
+
+A *view* is one stream of tokens with its own network and parameters. `imagine` has one view: the network writes both sides.
+`converse` has two, mirrored: each party sees its own private context and is the assistant of its own view; every step both
+read the same token, sampled from the view whose owner is speaking.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl_lm import protocol as pr
+from mbrl_lm.nn import Net
+from mbrl_lm.scoring import policy_logits
+from mbrl_lm.types import Array, Dialogue, KVCache, Params
+
+
+class View(NamedTuple):
+    """One stream of tokens: who predicts it, and what it starts from. Prompts may be narrower than the result."""
+
+    net: Net
+    params: Params
+    prompt: Dialogue
+
+
+@flax.struct.dataclass
+class Stream:
+    """What the loop keeps of one view."""
+
+    cache: KVCache
+    token_BT: Array
+    author_BT: Array
+    sampled_BT: Array
+    logp_BT: Array
+    role_B: Array  # i32, who writes the next token
+    place_B: Array  # i32, tokens already written in this turn
+
+
+def prompt_lengths(prompt: Dialogue) -> Array:
+    """(B,) i32: tokens before the padding."""
+    return jnp.sum(prompt.author_BT != pr.END, axis=1, dtype=jnp.int32)
+
+
+def prefix(protocol: pr.Protocol, dialogue: Dialogue, length_B: Array) -> Dialogue:
+    """The first `length_B` tokens of each dialogue, as a prompt: nothing after them is known, no reward, no end."""
+    keep_BT = jnp.arange(dialogue.token_BT.shape[1])[None] < length_B[:, None]
+    token_BT = jnp.where(keep_BT, dialogue.token_BT, pr.PAD)
+    author_BT, turn_BT = pr.parse(protocol, token_BT)
+    return dialogue.replace(
+        token_BT=token_BT,
+        author_BT=author_BT,
+        turn_BT=turn_BT,
+        sampled_BT=jnp.zeros_like(dialogue.sampled_BT),
+        logp_BT=jnp.zeros_like(dialogue.logp_BT),
+        reward_BU=jnp.zeros_like(dialogue.reward_BU),
+        ended_B=jnp.zeros_like(dialogue.ended_B),
+        cut_B=jnp.ones_like(dialogue.cut_B),
+    )
+
+
+def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:
+    """Reads the prompt in one pass; entries past a row's own prompt are overwritten before they are seen."""
+    prompt = view.prompt
+    (B, P), switch_RV = prompt.token_BT.shape, jnp.asarray(protocol.switch_RV)
+    cache = view.net.prefill(view.params, prompt.token_BT, view.net.init_cache(B, tokens))
+    last_B = prompt_lengths(prompt)[:, None] - 1
+    token_B, author_B, turn_B, place_B = (
+        jnp.take_along_axis(x, last_B, axis=1)[:, 0]
+        for x in (prompt.token_BT, prompt.author_BT, prompt.turn_BT, pr.place_in_turn(prompt.turn_BT))
+    )
+    role_B = switch_RV[author_B.astype(jnp.int32), token_B].astype(jnp.int32)
+    place_B = jnp.where(role_B == author_B, place_B + 1, 0)
+
+    def widen(x_BT, fill):
+        return jnp.pad(x_BT, ((0, 0), (0, tokens - P)), constant_values=fill)
+
+    return Stream(
+        cache=cache,
+        token_BT=widen(prompt.token_BT, pr.PAD),
+        author_BT=widen(prompt.author_BT, pr.END),
+        sampled_BT=widen(prompt.sampled_BT, False),
+        logp_BT=widen(prompt.logp_BT, 0.0),
+        role_B=role_B,
+        place_B=place_B.astype(jnp.int32),
+    )
+
+
+def _mirrored(protocol: pr.Protocol, streams: Sequence[Stream], wrote: Sequence[Any]) -> list[Any]:
+    """What each view reads when two parties talk: in its USER role the other one's token, mirrored; else its own."""
+    mirror_V = jnp.asarray(protocol.mirror_V)
+    read = []
+    for own, (other_token_B, other_logp_B), stream in zip(wrote, reversed(wrote), streams, strict=True):
+        listens_B = stream.role_B == pr.USER
+        read.append((jnp.where(listens_B, mirror_V[other_token_B], own[0]), jnp.where(listens_B, other_logp_B, own[1])))
+    return read
+
+
+def _converse(
+    protocol: pr.Protocol,
+    views: Sequence[View],
+    key: Array,
+    *,
+    tokens: int,
+    turns: int,
+    temperature: Array | float,
+) -> list[Dialogue]:
+    """The token loop over one view, or over two mirrored ones."""
+    switch_RV = jnp.asarray(protocol.switch_RV).astype(jnp.int32)
+    first = views[0].prompt
+    length_B = prompt_lengths(first)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first.uid_B)
+    streams = [_start(protocol, view, tokens) for view in views]
+    done_B = streams[0].role_B == pr.END
+
+    def write(view, stream, t, stream_key):
+        """Samples the token at position t in one view; returns it with its log-probability."""
+        token_B = jax.lax.dynamic_index_in_dim(stream.token_BT, t - 1, axis=1, keepdims=False)
+        heads, cache = view.net.decode_step(view.params, token_B, t - 1, stream.cache)
+        logits_BV = policy_logits(protocol, heads.logits_BTV, stream.role_B, stream.place_B, temperature)
+        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, t), stream_key))(row_keys)
+        token_B = jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
+        logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
+        return stream.replace(cache=cache), (token_B, logp_B)
+
+    def read(stream, t, token_B, logp_B, live_B):
+        """Puts a token at position t and moves the row's role on."""
+
+        def write_at(x_BT, x_B):
+            given_B = jax.lax.dynamic_index_in_dim(x_BT, t, axis=1, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(x_BT, jnp.where(live_B, x_B.astype(x_BT.dtype), given_B), t, axis=1)
+
+        role_B = switch_RV[stream.role_B, token_B]
+        return stream.replace(
+            token_BT=write_at(stream.token_BT, token_B),
+            author_BT=write_at(stream.author_BT, stream.role_B),
+            sampled_BT=write_at(stream.sampled_BT, stream.role_B != pr.END),
+            logp_BT=write_at(stream.logp_BT, logp_B),
+            role_B=jnp.where(live_B, role_B, stream.role_B),
+            place_B=jnp.where(live_B, jnp.where(role_B == stream.role_B, stream.place_B + 1, 0), stream.place_B),
+        )
+
+    def step(carry):
+        t, streams, taken_B, done_B = carry
+        live_B = (t >= length_B) & ~done_B
+        streams, wrote = zip(*(write(v, s, t, i) for i, (v, s) in enumerate(zip(views, streams, strict=True))), strict=True)
+        wrote = _mirrored(protocol, streams, wrote) if len(views) == 2 else wrote
+        after = [read(s, t, *w, live_B) for s, w in zip(streams, wrote, strict=True)]
+        speakers = (pr.ASSISTANT, pr.USER)
+        old_B, new_B = streams[0].role_B, after[0].role_B
+        handed_B = live_B & (old_B != new_B) & jnp.isin(new_B, jnp.array(speakers))
+        taken_B = taken_B + handed_B
+        over_B = jnp.all(jnp.stack([s.role_B == pr.END for s in after]), axis=0)
+        return t + 1, after, taken_B, done_B | over_B | (taken_B >= turns)
+
+    def goes_on(carry):
+        t, _, _, done_B = carry
+        return (t < tokens) & ~jnp.all(done_B)
+
+    t = jnp.min(jnp.where(done_B, tokens, length_B))
+    _, streams, _, _ = jax.lax.while_loop(goes_on, step, (t, streams, jnp.zeros_like(length_B), done_B))
+    return [_as_dialogue(protocol, view.prompt, stream) for view, stream in zip(views, streams, strict=True)]
+
+
+def _as_dialogue(protocol: pr.Protocol, prompt: Dialogue, stream: Stream) -> Dialogue:
+    ended_B = stream.role_B == pr.END
+    return Dialogue(
+        token_BT=stream.token_BT,
+        author_BT=stream.author_BT,
+        turn_BT=pr.parse(protocol, stream.token_BT)[1],
+        sampled_BT=stream.sampled_BT,
+        logp_BT=stream.logp_BT,
+        reward_BU=prompt.reward_BU,
+        ended_B=ended_B,
+        cut_B=~ended_B,
+        uid_B=prompt.uid_B,
+    )
+
+
+def imagine(
+    net: Net,
+    protocol: pr.Protocol,
+    params: Params,
+    prompt: Dialogue,
+    key: Array,
+    *,
+    tokens: int,
+    turns: int,
+    temperature: Array | float = 1.0,
+) -> Dialogue:
+    """Continues each dialogue with one network on both sides.
+
+    Args:
+      net: the network.
+      protocol: who speaks after which token.
+      params: its parameters; nothing is differentiated.
+      prompt: (B, P) ragged prompts, P <= tokens; a prompt that has ended stays as it is.
+      key: a row's random numbers are fold_in(fold_in(key, uid), t): its text does not depend on its batch or shard.
+      tokens: T of the result.
+      turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
+      temperature: of the sampling distribution.
+    """
+    view = View(net, params, prompt)
+    return _converse(protocol, [view], key, tokens=tokens, turns=turns, temperature=temperature)[0]
+
+
+def converse(
+    protocol: pr.Protocol,
+    ours: View,
+    theirs: View,
+    key: Array,
+    *,
+    tokens: int,
+    turns: int = np.iinfo(np.int32).max,
+    temperature: Array | float = 1.0,
+) -> tuple[Dialogue, Dialogue]:
+    """Lets two parties with private contexts talk; each is the assistant of its own view, and writes its own outcome.
+
+    The two prompts of a row must have the same length and mirrored hand-overs. In either result, `sampled_BT` is true on both
+    parties' tokens. Arguments as in `imagine`; the random numbers follow the uid of `ours`.
+    """
+    ours_D, theirs_D = _converse(protocol, [ours, theirs], key, tokens=tokens, turns=turns, temperature=temperature)
+    return ours_D, theirs_D
