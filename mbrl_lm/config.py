@@ -6,6 +6,7 @@ contradict each other is refused by `check` before anything is built.
 
 import dataclasses
 from dataclasses import field
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -138,3 +139,123 @@ class Config:
     partner: Partner = field(default_factory=Partner)
     eval: Eval = field(default_factory=Eval)
     mesh: Mesh = field(default_factory=Mesh)
+
+
+# What differs from the defaults above. `tiny` stands beside every real variant: the same paths in seconds.
+TINY = {
+    "tokens": 96,
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "model.mlp_width": 48,
+    "train.supervised_steps": 6,
+    "train.rl_steps": 4,
+    "train.batch": 8,
+    "train.warmup": 2,
+    "imagine.batch": 8,
+    "collect.batch": 8,
+    "collect.every": 2,
+    "collect.capacity": 16,
+    "partner.steps": 4,
+    "eval.every": 5,
+    "eval.dialogues": 8,
+    "eval.final_dialogues": 16,
+    "eval.samples": 2,
+    "checkpoint_every": 4,
+    "log_every": 2,
+}
+NEGOTIATION = {
+    "turns": 16,
+    "turn_tokens": 40,
+    "tokenizer.min_count": 21,
+    "model.dropout": 0.1,
+    "imagine.reward": "split",
+    "imagine.replies": 16,
+    "collect.every": 0,
+    "eval.temperature": 0.5,
+}
+CHAT = {  # recorded conversations without a reward: the world model and its supervised policy
+    "tokens": 384,
+    "turns": 16,
+    "turn_tokens": 64,
+    "tokenizer.kind": "unigram",
+    "train.supervised_steps": 1000,
+    "train.rl_steps": 0,
+    "imagine.batch": 0,
+    "collect.every": 0,
+    "eval.dialogues": 0,
+    "eval.final_dialogues": 0,
+}
+PRESETS = {
+    "concierge": {"default": {"imagine.reward": "learned"}, "tiny": TINY | {"tokens": 160, "imagine.reward": "learned"}},
+    "deal_or_no_deal": {"default": NEGOTIATION, "paper": NEGOTIATION, "tiny": NEGOTIATION | TINY},
+    "multiwoz": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
+    "sgd": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
+    "chat_jsonl": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
+}
+
+
+def preset(data: str, variant: str = "default") -> Config:
+    """The config of a data set and variant, before any flag.
+
+    Raises:
+      ConfigError: if there is none of that name.
+    """
+    if data not in PRESETS:
+        raise ConfigError(f"--config.data={data} is unknown: use one of {', '.join(PRESETS)}")
+    if variant not in PRESETS[data]:
+        raise ConfigError(f"--variant={variant} is unknown for {data}: use one of {', '.join(PRESETS[data])}")
+    return override(Config(data=data), PRESETS[data][variant])
+
+
+def override(cfg: Config, values: dict[str, Any]) -> Config:
+    """Sets fields by their dotted names, in place."""
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        holder = cfg
+        for group in groups:
+            holder = getattr(holder, group)
+        if not hasattr(holder, last):
+            raise AttributeError(f"there is no field {name}")
+        setattr(holder, last, value)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Refuses a config whose parts contradict each other.
+
+    Raises:
+      ConfigError: naming the first contradiction and what to change.
+    """
+    model, train, imagine = cfg.model, cfg.train, cfg.imagine
+    online = cfg.data == "concierge"
+    negotiation = cfg.data == "deal_or_no_deal"
+    rl = train.rl_steps > 0
+    for wrong, message in (
+        (not online and not cfg.data_dir, f"--config.data={cfg.data} reads raw files: give --config.data_dir=DIR"),
+        (model.width % model.heads, "model.heads must divide model.width"),
+        (model.heads % model.kv_heads, "model.kv_heads must divide model.heads"),
+        ((model.width // model.heads) % 2, "model.width / model.heads must be even: rotary embeddings turn pairs"),
+        (model.bins % 2 == 0, "model.bins must be odd: one bin stands at 0"),
+        (model.conv_width < 1, "model.conv_width must be at least 1, which is none"),
+        (not 0 <= model.dropout < 1, "model.dropout is a probability below 1"),
+        (model.dtype not in ("float32", "bfloat16"), "model.dtype must be float32 or bfloat16"),
+        (min(train.supervised_steps, train.rl_steps) < 0, "numbers of steps cannot be negative"),
+        (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0: nothing to do"),
+        (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
+        (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
+        (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
+        (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
+        (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
+        (imagine.batch % train.batch, "imagine.batch must be a multiple of train.batch: prompts come from its dialogues"),
+        (imagine.replies < 0, "imagine.replies cannot be negative"),
+        (min(imagine.temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
+        (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),
+        (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to be judged by: set eval.dialogues=0"),
+        (not 0 < cfg.partner.share < 1, "partner.share is a share of the scenarios, between 0 and 1"),
+        (not 0 <= cfg.returns.discount <= 1 or not 0 <= cfg.returns.lambda_ <= 1, "returns.discount and lambda_ are in [0, 1]"),
+        (cfg.tokenizer.model_file and cfg.tokenizer.min_count > 1, "tokenizer.min_count has no effect with a model_file"),
+    ):
+        if wrong:
+            raise ConfigError(message)

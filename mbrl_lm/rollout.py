@@ -1,7 +1,7 @@
 """The one jitted token loop: a whole imagined conversation, whoever is speaking in each row.
 
-Each step writes exactly one token in *every* row. A row's role changes when that row writes its own hand-over token: there is
-no barrier at the turns, no padding between them, one scalar cache index and a purely causal mask. A row reads its prompt
+Each step writes exactly one token in *every* row. A row's role changes when that row writes its own hand-over token: there
+is no barrier at the turns, no padding between them, one scalar cache index and a purely causal mask. A row reads its prompt
 until that runs out, then samples; so ragged prompts need no padding on the left.
 
 A *view* is one stream of tokens with its own network and parameters. `imagine` has one view: the network writes both sides.
@@ -118,7 +118,7 @@ def _converse(
     length_B = prompt_lengths(first)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first.uid_B)
     streams = [_start(protocol, view, tokens) for view in views]
-    done_B = streams[0].role_B == pr.END
+    done_B = (streams[0].role_B == pr.END) | first.ended_B
 
     def write(view, stream, t, stream_key):
         """Samples the token at position t in one view; returns it with its log-probability."""
@@ -201,11 +201,11 @@ def imagine(
       net: the network.
       protocol: who speaks after which token.
       params: its parameters; nothing is differentiated.
-      prompt: (B, P) ragged prompts, P <= tokens; a prompt that has ended stays as it is.
+      prompt: (B, P) ragged prompts, P <= tokens; one that has ended, or is marked `ended_B`, stays as it is.
       key: a row's random numbers are fold_in(fold_in(key, uid), t): its text does not depend on its batch or shard.
       tokens: T of the result.
       turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
-      temperature: of the sampling distribution.
+      temperature: of the sampling distribution, one or per role.
     """
     view = View(net, params, prompt)
     return _converse(protocol, [view], key, tokens=tokens, turns=turns, temperature=temperature)[0]
@@ -223,8 +223,8 @@ def converse(
 ) -> tuple[Dialogue, Dialogue]:
     """Lets two parties with private contexts talk; each is the assistant of its own view, and writes its own outcome.
 
-    The two prompts of a row must have the same length and mirrored hand-overs. In either result, `sampled_BT` is true on both
-    parties' tokens. Arguments as in `imagine`; the random numbers follow the uid of `ours`.
+    The two prompts of a row must have the same length and mirrored hand-overs. In either result `sampled_BT` is true on the
+    tokens of both parties. Arguments as in `imagine`; the random numbers follow the uid of `ours`.
     """
     ours_D, theirs_D = _converse(protocol, [ours, theirs], key, tokens=tokens, turns=turns, temperature=temperature)
     return ours_D, theirs_D

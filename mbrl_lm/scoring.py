@@ -26,13 +26,18 @@ class Scores:
     kl_BT: Array  # f32, KL(this || reference) of the sampling distributions; zeros without a reference
     reference_logp_BT: Array  # f32, logp_BT under the reference
     allowed_BT: Array  # bool, the protocol lets this speaker write this token here
+    likeliest_BT: Array  # bool, no token that is allowed here is likelier
     value_BTW: Array
     reward_BTW: Array
     end_BT: Array
 
 
 def policy_logits(protocol: pr.Protocol, logits: Array, role: Array, place: Array, temperature: Array | float) -> Array:
-    """The logits that are sampled from: what `role` may not write at `place` of its turn is at -1e30."""
+    """The logits that are sampled from: what `role` may not write at `place` of its turn is at -1e30.
+
+    `temperature` is one number, or one for each role.
+    """
+    temperature = jnp.broadcast_to(temperature, (len(pr.ROLES),))[role][..., None]
     return jnp.where(pr.may_write(protocol, role, place), logits / temperature, -1e30)
 
 
@@ -51,7 +56,7 @@ def _chunk_scores(net: Net, protocol: pr.Protocol, params, reference, temperatur
     p_BTV = jnp.exp(logp_BTV)
     entropy_BT = -jnp.sum(jnp.where(p_BTV > 0, p_BTV * logp_BTV, 0.0), axis=-1)
     out = {"nll_BT": nll_BT, "logp_BT": jnp.where(allowed_BT, taken(logp_BTV), 0.0), "entropy_BT": entropy_BT}
-    out["allowed_BT"] = allowed_BT
+    out |= {"allowed_BT": allowed_BT, "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1))}
     if reference is None:
         return out | {"kl_BT": jnp.zeros_like(nll_BT), "reference_logp_BT": jnp.zeros_like(nll_BT)}
     reference_BTV = net.heads(reference, reference_trunk_BTD).logits_BTV
@@ -80,7 +85,7 @@ def score(
       protocol: the protocol; its masks enter `logp_BT`, `entropy_BT` and `kl_BT` only.
       params: differentiated.
       dialogue: (B, T).
-      temperature: of the sampling distribution.
+      temperature: of the sampling distribution, one or per role.
       reference: parameters to measure the KL divergence from; not differentiated.
       dropout_key: turns dropout on.
     """

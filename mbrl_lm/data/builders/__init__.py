@@ -1,0 +1,1 @@
+"""One file per source of dialogues: raw files in, records out."""

@@ -1,0 +1,5 @@
+"""Environments: text in, text out, batched on the host."""
+
+from mbrl_lm.envs.concierge import Concierge
+
+ENVS = {"concierge": Concierge}

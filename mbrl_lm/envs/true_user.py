@@ -1,0 +1,112 @@
+"""Real dialogues with an environment's true user: the policy writes its turns on the device, the user answers in text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mbrl_lm import config, rollout
+from mbrl_lm import protocol as pr
+from mbrl_lm.envs import ENVS
+from mbrl_lm.nn import Net
+from mbrl_lm.replay import empty_dialogues
+from mbrl_lm.sharding import pjit
+from mbrl_lm.tokenizer import Tokenizer
+from mbrl_lm.types import Array, Dialogue, Params
+
+ENDING = {"": pr.TO_ASSISTANT, "cut": pr.TO_ASSISTANT, "end": pr.STOP, "leave": pr.LEAVE}
+
+
+class TrueUser:
+    """An environment played by a policy; `rows` dialogues at a time.
+
+    Args:
+      cfg: the run's config; `cfg.data` names the environment.
+      net, protocol, tokenizer: of the policy.
+      mesh: the device mesh.
+      params: for their shapes.
+      rows: dialogues at a time.
+    """
+
+    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params, rows: int):
+        self.cfg, self.protocol, self.tokenizer, self.rows = cfg, protocol, tokenizer, rows
+
+        def write_turn(params, prompt, temperature, key):
+            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature)
+
+        example = empty_dialogues(rows, cfg.tokens, cfg.turns)
+        self._write_turn = pjit(write_turn, mesh, params, example, np.float32(1), jax.random.key(0))
+        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
+
+    def play(self, params: Params, key: Array, uids: Sequence[int], split: str, temperature: float):
+        """Plays one dialogue for each uid.
+
+        Args:
+          params: of the policy.
+          key: of the policy's samples; the user's luck hangs on (cfg.seed, uid) alone.
+          uids: as many as you like; see the environment for who may use which.
+          split: "train" or "test" users.
+          temperature: of the policy.
+
+        Returns:
+          dialogues: Dialogue of numpy arrays with the environment's rewards, the policy's log-probabilities at its tokens.
+          outcomes: one dict for each, as the environment tells it.
+        """
+        parts, outcomes = [], []
+        for start in range(0, len(uids), self.rows):
+            some = list(uids[start : start + self.rows])
+            env = ENVS[self.cfg.data](self.cfg.seed, some + some[:1] * (self.rows - len(some)), split)
+            dialogues, rewards = self._play(env, params, key, np.array(some), temperature)
+            parts.append(jax.tree.map(lambda x, n=len(some): x[:n], dialogues))
+            outcomes += [env.outcome(i) | rewards[i] for i in range(len(some))]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts), outcomes
+
+    def openings(self, uids: Sequence[int], split: str) -> Dialogue:
+        """The prompts that `play` starts from: context and the user's first turn."""
+        env = ENVS[self.cfg.data](self.cfg.seed, uids, split)
+        return self._open(env, np.array(uids))
+
+    def _open(self, env, uids: np.ndarray) -> Dialogue:
+        dialogue = empty_dialogues(len(env.contexts), self.cfg.tokens, self.cfg.turns)
+        dialogue.uid_B[: len(uids)] = uids
+        encode = self.tokenizer.encode
+        for b, (context, opening) in enumerate(zip(env.contexts, env.openings, strict=True)):
+            tokens = [pr.BOS, *encode(context), pr.TO_USER, *encode(opening), pr.TO_ASSISTANT]
+            if len(tokens) > self.cfg.tokens:
+                raise config.ConfigError(f"a dialogue opens with {len(tokens)} tokens: raise --config.tokens={self.cfg.tokens}")
+            dialogue.token_BT[b, : len(tokens)] = tokens
+        return self._parsed(dialogue)
+
+    def _parsed(self, dialogue: Dialogue) -> Dialogue:
+        author_BT, turn_BT = self._parse(dialogue.token_BT)
+        return dialogue.replace(author_BT=np.asarray(author_BT), turn_BT=np.asarray(turn_BT))
+
+    def _play(self, env, params, key, uids, temperature) -> tuple[Dialogue, list[dict[str, float]]]:
+        dialogue = self._open(env, uids)
+        ended, going = np.zeros(self.rows, bool), np.ones(self.rows, bool)
+        totals: list[dict[str, float]] = [{} for _ in range(self.rows)]
+        for turn in range(self.cfg.turns):
+            before = (dialogue.author_BT != pr.END).sum(axis=1)
+            written = self._write_turn(params, dialogue.replace(ended_B=~going), np.float32(temperature), key)
+            dialogue = jax.tree.map(np.array, jax.device_get(written))
+            length = (dialogue.author_BT != pr.END).sum(axis=1)
+            # A turn that ran out of tokens was never handed over: it is not said.
+            going &= dialogue.token_BT[np.arange(self.rows), length - 1] == pr.TO_USER
+            spoken = [self.tokenizer.decode(dialogue.token_BT[b, before[b] : length[b]]) for b in range(self.rows)]
+            replies = env.step([text if goes_on else None for text, goes_on in zip(spoken, going, strict=True)])
+            for b in np.flatnonzero(going):
+                reply = replies[b]
+                dialogue.reward_BU[b, turn] = sum(reply.reward.values())
+                for name, x in reply.reward.items():
+                    totals[b][name] = totals[b].get(name, 0.0) + x
+                tokens = [*self.tokenizer.encode(reply.text), ENDING[reply.ended]]
+                fits = length[b] + len(tokens) <= self.cfg.tokens
+                tokens = tokens[: self.cfg.tokens - length[b]]
+                dialogue.token_BT[b, length[b] : length[b] + len(tokens)] = tokens
+                ended[b] = fits and reply.ended in ("end", "leave")
+                going[b] = fits and not reply.ended
+            dialogue = self._parsed(dialogue)
+            if not going.any():
+                break
+        return dialogue.replace(ended_B=ended, cut_B=~ended), totals

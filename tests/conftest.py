@@ -1,0 +1,25 @@
+"""What all tests share: strict broadcasting, quick compilation, and one cache of compiled programs for every process."""
+
+import logging
+import os
+import pathlib
+import tempfile
+
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"mbrl_lm_tests_{os.getuid()}"
+_FLAG = "--xla_backend_optimization_level=1"  # compiles a quarter faster; the programs of tests are too small to run slower
+
+# In the environment, before the backend starts, so that the processes that tests start have them too.
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402  (reads the environment when it is imported)
+from absl import logging as absl_logging  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+absl_logging.set_verbosity(absl_logging.FATAL)
+logging.getLogger("jax").setLevel(logging.ERROR)

@@ -1,0 +1,68 @@
+"""The command line: what is given is set, nothing else, and every mistake is told with what would be right."""
+
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from mbrl_lm import command_line
+from mbrl_lm.config import Config, ConfigError
+
+
+def test_only_what_is_given_is_set(monkeypatch):
+    args = ["--config.model.width=64", "--config.returns.lambda_=0.5", "--noconfig.model.tied", "--config.data_dir=a b"]
+    monkeypatch.setattr(sys, "argv", ["program", *args, "--workdir=w"])
+    with flagsaver.flagsaver():
+        given = command_line.flatten(command_line.parse(sys.argv))
+        assert command_line.WORKDIR.value == "w"
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with flagsaver.flagsaver():
+        default = command_line.flatten(command_line.parse(sys.argv))
+    changed = {name: value for name, value in given.items() if value != default[name]}
+    assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": False, "data_dir": "a b"}
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--config.model.wdth=3", "there is no field --config.model.wdth; the nearest one is --config.model.width"),
+        ("--config.modle.width", "the nearest one is --config.model.width"),
+        ("--noconfig.model.tide", "the nearest one is --config.model.tied"),
+        ("--config.model=3", "--config.model is a group of fields: set one of them, as in --config.model.layers=..."),
+        ("--config=x.py", "--config takes no value"),
+    ],
+)
+def test_unknown_fields_are_told_with_the_nearest(arg, message):
+    with pytest.raises(ConfigError) as caught:
+        command_line._check_fields(["program", "--config.seed=1", arg])
+    assert message in str(caught.value)
+    command_line._check_fields(["program", "--config.returns.lambda_=0.9", "--noconfig.model.tied", "--", arg])
+
+
+def test_what_a_resumed_run_may_change_are_fields():
+    assert set(command_line.MAY_CHANGE) <= set(command_line.flatten(Config()))
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--config.model.width=abc", "--config.model.width=abc has the wrong type: it takes int, as in 128"),
+        ("--config.model.tied=perhaps", "it takes bool, as in True"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ("--config.data=nowhere", "nowhere"),
+        ("--variant=nothing", "nothing"),
+        ("surplus", "'surplus' is not a flag"),
+    ],
+)
+def test_a_wrong_command_line_is_told(arg, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", arg])
+    with flagsaver.flagsaver(), pytest.raises(ConfigError) as caught:
+        command_line.parse(sys.argv)
+    assert message in str(caught.value)
+
+
+def test_help_names_the_flags_and_the_fields(capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line.parse(["program", "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and "--workdir" in out and "--config.model.width=128" in out
