@@ -160,7 +160,8 @@ def _write_config(run: Run) -> None:
       ConfigError: naming the fields that differ. A directory in which nothing was saved yet may be started anew.
     """
     path = run.workdir / "config.json"
-    config = {"variant": run.variant, **command_line.flatten(run.config)}
+    text = json.dumps({"variant": run.variant, **command_line.flatten(run.config)}, indent=2)
+    config = json.loads(text)  # as it reads when it is resumed: a tuple is a list
     if path.exists() and (saved_steps(run.checkpoints) or (run.workdir / "results.json").exists()):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ def _write_config(run: Run) -> None:
                 f"{run.workdir} holds a run with another config: {named}. Give the flags of that run, or another --workdir"
             )
     if jax.process_index() == 0:
-        write_atomic(path, json.dumps(config, indent=2) + "\n")
+        write_atomic(path, text + "\n")
         commits = run.workdir / "commit.txt"
         known = commits.read_text(encoding="utf-8").split("\n")[:-1] if commits.exists() else []
         if _commit() not in known[-1:]:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -89,7 +90,7 @@ class Checkpoints:
                 f"step {step} cannot be saved in {self._directory}, which already holds step {latest}: remove the later "
                 "checkpoints or use another --workdir"
             )
-        arrays = {name: np.array(array) for name, array in arrays.items()}  # a copy: the caller goes on writing into his
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
         items = {
             "state": ocp.args.StandardSave(state),
             "meta": ocp.args.JsonSave({"leaves": _leaves(state, arrays), "meta": dict(meta)}),
@@ -156,8 +157,13 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         if jax.process_index() == 0:
-            for path in self._directory.glob(_TEMPORARY):
-                shutil.rmtree(path, ignore_errors=True)
+            for _ in range(50):  # the threads of a save that failed may still be writing other files of it
+                leftovers = list(self._directory.glob(_TEMPORARY))
+                if not leftovers:
+                    return
+                for path in leftovers:
+                    shutil.rmtree(path, ignore_errors=True)
+                time.sleep(0.1)
 
     def _compare(self, step: int, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Raises an error that names the first leaves that differ."""

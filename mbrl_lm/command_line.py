@@ -5,7 +5,6 @@ absl and ml_collections do the parsing; here every mistake becomes one line that
 
 import dataclasses
 import difflib
-import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -57,9 +56,7 @@ def parse(argv: Sequence[str]) -> Config:
         raise ConfigError(f"{rest[0]!r} is not a flag: write --name=value")
     given = config_flags.get_override_values(FLAGS["config"])
     config = configs.preset(given.get("data", Config().data), VARIANT.value)
-    for name, value in given.items():
-        *groups, field = name.split(".")
-        setattr(functools.reduce(getattr, groups, config), field, value)
+    configs.override(config, given)
     configs.check(config)
     return config
 

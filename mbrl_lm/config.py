@@ -99,6 +99,7 @@ class Partner:
 
     share: float = 0.2  # of the training scenarios
     steps: int = 600
+    model: Model = field(default_factory=lambda: Model(layers=3, width=96, heads=3, kv_heads=3, mlp_width=256, dropout=0.2))
 
 
 @dataclasses.dataclass
@@ -122,7 +123,10 @@ class Config:
     data: str = "concierge"  # a name in data.DATASETS
     data_dir: str = ""  # where its raw files are; concierge needs none
     seed: int = 0
+    logs: int = 2000  # dialogues of mediocre assistants that the embedded environment is learnt from
+    val_logs: int = 500  # held out of them
     tokens: int = 192  # T, of a dialogue
+    widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
     turns: int = 12  # U, assistant turns of a dialogue
     turn_tokens: int = 32  # the most tokens of one turn
     cpu_devices: int = 2  # virtual devices when there is no accelerator
@@ -144,6 +148,7 @@ class Config:
 # What differs from the defaults above. `tiny` stands beside every real variant: the same paths in seconds.
 TINY = {
     "tokens": 96,
+    "widths": (48,),
     "model.layers": 1,
     "model.width": 32,
     "model.heads": 2,
@@ -188,8 +193,8 @@ CHAT = {  # recorded conversations without a reward: the world model and its sup
     "eval.final_dialogues": 0,
 }
 PRESETS = {
-    "concierge": {"default": {"imagine.reward": "learned"}, "tiny": TINY | {"tokens": 160, "imagine.reward": "learned"}},
-    "deal_or_no_deal": {"default": NEGOTIATION, "paper": NEGOTIATION, "tiny": NEGOTIATION | TINY},
+    "concierge": {"default": {"imagine.reward": "learned"}, "tiny": TINY | {"tokens": 160, "widths": (80,), "imagine.reward": "learned"}},
+    "deal_or_no_deal": {"default": NEGOTIATION, "paper": NEGOTIATION, "tiny": TINY | NEGOTIATION},
     "multiwoz": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
     "sgd": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
     "chat_jsonl": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
@@ -242,8 +247,9 @@ def check(cfg: Config) -> None:
         (not 0 <= model.dropout < 1, "model.dropout is a probability below 1"),
         (model.dtype not in ("float32", "bfloat16"), "model.dtype must be float32 or bfloat16"),
         (min(train.supervised_steps, train.rl_steps) < 0, "numbers of steps cannot be negative"),
-        (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0: nothing to do"),
+        (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0"),
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
+        (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
@@ -252,9 +258,10 @@ def check(cfg: Config) -> None:
         (imagine.replies < 0, "imagine.replies cannot be negative"),
         (min(imagine.temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
         (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),
-        (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to be judged by: set eval.dialogues=0"),
+        (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to judge it: set eval.dialogues=0"),
         (not 0 < cfg.partner.share < 1, "partner.share is a share of the scenarios, between 0 and 1"),
-        (not 0 <= cfg.returns.discount <= 1 or not 0 <= cfg.returns.lambda_ <= 1, "returns.discount and lambda_ are in [0, 1]"),
+        (not 0 <= cfg.returns.discount <= 1, "returns.discount is in [0, 1]"),
+        (not 0 <= cfg.returns.lambda_ <= 1, "returns.lambda_ is in [0, 1]"),
         (cfg.tokenizer.model_file and cfg.tokenizer.min_count > 1, "tokenizer.min_count has no effect with a model_file"),
     ):
         if wrong:

@@ -1,6 +1,6 @@
 """What the model knows of recorded dialogues that it was not trained on: likelihood per role, per turn, and open loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from mbrl_lm import protocol as pr
 from mbrl_lm import rollout
+from mbrl_lm.data.batches import chunks, take
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.sharding import pjit
@@ -17,6 +18,7 @@ from mbrl_lm.types import Array, Dialogue, Params
 
 SPEAKERS = {"assistant": pr.ASSISTANT, "user": pr.USER}
 TURNS_SHOWN = 8
+HORIZONS = (1, 2, 4)  # imagined turns before the one that is scored
 
 
 def words_per_token(tokenizer: Tokenizer) -> np.ndarray:
@@ -38,43 +40,24 @@ def _word_counts(words_V: Array, dialogue: Dialogue) -> Array:
     return jnp.where(first_BT, 1.0, words_BT)
 
 
-def trim(dialogues: Dialogue, width: int) -> Dialogue:
-    """Drops the positions from `width` on."""
-    return jax.tree.map(lambda x: x[:, :width] if x.shape[1:] == dialogues.token_BT.shape[1:] else x, dialogues)
-
-
-def chunks(dialogues: Dialogue, rows: int) -> Iterator[tuple[Dialogue, np.ndarray]]:
-    """Chunks of exactly `rows` dialogues with a mask (rows,) of the true ones; the last chunk is filled up."""
-    total = len(dialogues.uid_B)
-    for start in range(0, total, rows):
-        index = np.arange(start, start + rows)
-        yield jax.tree.map(lambda x, i=index: x[np.minimum(i, total - 1)], dialogues), index < total
-
-
 class Heldout:
     """Likelihood of held-out dialogues; compiled once.
 
     Args:
       net, protocol, tokenizer: what is judged.
       mesh: the device mesh.
-      params: for their shapes.
       dialogues: held-out dialogues, numpy.
       rows: dialogues scored at a time.
-      open_loop: dialogues of the open-loop figures; 0 = none.
+      open_loop: of them, how many the open-loop figures are made of.
     """
 
-    def __init__(self, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params, dialogues, rows=64, open_loop=256):
+    def __init__(self, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, dialogues, rows=64, open_loop=256):
         self._dialogues, self._rows = dialogues, min(rows, 2 * (len(dialogues.uid_B) // 2) or 1)
-        self._open_loop = jax.tree.map(lambda x: x[:open_loop], dialogues)
+        self._open_loop = take(dialogues, np.arange(min(open_loop, len(dialogues.uid_B))))
         T = dialogues.token_BT.shape[1]
-        example, mask = next(chunks(dialogues, self._rows))
         words_V = words_per_token(tokenizer)
-        at = np.zeros(self._rows, np.int32)
-        self._sums = pjit(_sums(net, protocol, words_V), mesh, params, example, mask)
-        self._hidden = {
-            k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh, params, example, at, at, at, jax.random.key(0))
-            for k in ((1, 2, 4) if open_loop else ())
-        }
+        self._sums = pjit(_sums(net, protocol, words_V), mesh)
+        self._hidden = {k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh) for k in HORIZONS}
 
     def closed_loop(self, params: Params) -> dict[str, float]:
         """Nats per token, perplexity per word, by role and by turn; how often a recorded outcome is read right."""
@@ -190,13 +173,3 @@ def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int
         return jnp.stack([jnp.sum(jnp.where(kept_B, x, 0.0)) for x in columns])
 
     return sums
-
-
-def by_width(dialogues: Dialogue, widths: Sequence[int]) -> list[Dialogue]:
-    """Divides dialogues by the narrowest width that holds them, each part trimmed to its width."""
-    length_B = (dialogues.author_BT != pr.END).sum(axis=1)
-    parts = []
-    for low, width in zip((0, *widths), widths, strict=False):
-        rows = np.flatnonzero((length_B > low) & (length_B <= width))
-        parts.append(trim(jax.tree.map(lambda x, r=rows: x[r], dialogues), width))
-    return parts

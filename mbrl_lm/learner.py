@@ -22,7 +22,7 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
-from mbrl_lm.sharding import constrain
+from mbrl_lm.sharding import constrain, pjit
 from mbrl_lm.turns import find_turns, gather, spread
 from mbrl_lm.types import Array, Dialogue, Heads, TrainState, Turns
 
@@ -61,8 +61,9 @@ def init_state(net: Net, optimizer: optax.GradientTransformation, key: Array) ->
     """A fresh state: step 0, and the target and reference equal to the parameters."""
     params = net.init(key)
     copy = jax.tree.map(jnp.copy, params)
-    zero = jnp.zeros(())
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy, jax.tree.map(jnp.copy, copy), zero, zero)
+    reference = jax.tree.map(jnp.copy, params)
+    step, zero = jnp.zeros((), jnp.int32), jnp.zeros(())
+    return TrainState(step, params, optimizer.init(params), copy, reference, zero, zero)
 
 
 def begin_rl(state: TrainState) -> TrainState:
@@ -113,7 +114,9 @@ def masks(protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: A
     }
 
 
-def losses(net: Net, protocol: pr.Protocol, cfg: config.Config, params, reference, batch: Batch, dropout_key) -> dict[str, Array]:
+def losses(
+    net: Net, protocol: pr.Protocol, cfg: config.Config, params, reference, batch: Batch, dropout_key
+) -> dict[str, Array]:
     """Every component per element, keys as in `masks`. `reference` None: the likelihood phase."""
     dialogue, turns, centres_W = batch.dialogue, batch.turns, value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
     scores = score(
@@ -157,14 +160,20 @@ def merge_rows(tree: Any) -> Any:
 
 
 def make_update(
-    net: Net, protocol: pr.Protocol, cfg: config.Config, optimizer: optax.GradientTransformation, *, rl: bool, shards: int = 1
+    net: Net,
+    protocol: pr.Protocol,
+    cfg: config.Config,
+    optimizer: optax.GradientTransformation,
+    *,
+    rl: bool,
+    shards: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, tuple[Array, Array]]]]:
     """Builds `update(state, real, imagined, key) -> state, metrics`, to be compiled by `pjit`.
 
     Args:
       net, protocol, cfg, optimizer: what the run is made of.
       rl: False while both speakers are learnt by likelihood; `imagined` then is ignored and may be None.
-      shards: over how many devices rows are spread; gradients are accumulated over `train.micro_batch` rows of each at a time.
+      shards: over how many devices rows are spread; gradients are accumulated over `train.micro_batch` rows of each.
 
     Returns:
       The update; its metrics are (sum, weight) pairs.
@@ -204,7 +213,8 @@ def make_update(
             rows = rows.replace(reward_BU=jnp.where(imagined_B[:, None], reward_BU, rows.reward_BU))
         discount_BU = cfg.returns.discount * (1.0 - turns.last_BU)
         lambda_ = cfg.returns.lambda_ if rl else 1.0
-        return_BU = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))(rows.reward_BU, next_v_BU, discount_BU, mask_BU, lambda_)
+        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
+        return_BU = returns(rows.reward_BU, next_v_BU, discount_BU, mask_BU, lambda_)
 
         metrics = {}
         advantage_BU = jnp.zeros_like(return_BU)
@@ -261,3 +271,9 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def compile_update(net: Net, protocol: pr.Protocol, cfg: config.Config, optimizer, mesh: jax.sharding.Mesh, *, rl: bool):
+    """The jitted update on a mesh; the old state's memory is reused."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return pjit(make_update(net, protocol, cfg, optimizer, rl=rl, shards=shards), mesh, donate=(0,))

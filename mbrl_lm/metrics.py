@@ -31,13 +31,13 @@ _FLUSH_S = 10.0  # between two writes of the event file to disk
 _PACE = 50  # steps over which tokens/s and the time left are measured
 
 
-def write_atomic(path: str | pathlib.Path, text: str) -> None:
+def write_atomic(path: str | pathlib.Path, content: str | bytes) -> None:
     """Writes a file that is either the old one or the whole new one, whatever happens meanwhile."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -21,14 +21,14 @@ def learned(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarra
 def split(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarray) -> Array:
     """Points of the own share in a negotiation: sum of count x own value, 0 without a deal or with an impossible one.
 
-    The context opens with `count value` of three kinds of item; the outcome is `share share share`. The points go to the last
-    assistant turn, in tenths: the whole table is worth 1.
+    The context opens with `count value` of three kinds of item; the outcome is `share share share`. The points, at
+    most 10, go to the last assistant turn.
     """
     numbers_BT = dialogue.token_BT - pr.NUMBER
     share_BI, agreed_B = outcome_share(dialogue)
     count_BI, value_BI = numbers_BT[:, 1:6:2], numbers_BT[:, 2:7:2]
     possible_B = agreed_B & jnp.all(share_BI <= count_BI, axis=1)
-    points_B = jnp.where(possible_B, jnp.sum(share_BI * value_BI, axis=1) / 10.0, 0.0)
+    points_B = jnp.where(possible_B, jnp.sum(share_BI * value_BI, axis=1), 0).astype(jnp.float32)
     return jnp.where(turns.last_BU, points_B[:, None], 0.0)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import policy_logits
+from mbrl_lm.turns import openings
 from mbrl_lm.types import Array, Dialogue, KVCache, Params
 
 
@@ -64,6 +65,17 @@ def prefix(protocol: pr.Protocol, dialogue: Dialogue, length_B: Array) -> Dialog
         ended_B=jnp.zeros_like(dialogue.ended_B),
         cut_B=jnp.ones_like(dialogue.cut_B),
     )
+
+
+def from_an_opening(protocol: pr.Protocol, dialogue: Dialogue, key: Array) -> Dialogue:
+    """Prompts that end where the assistant is about to speak: in each dialogue, one such point drawn at random.
+
+    A dialogue without one is marked as ended, and so is not continued.
+    """
+    opens_BT = openings(protocol, dialogue)
+    chance_BT = jnp.where(opens_BT, jax.random.uniform(key, opens_BT.shape), -1.0)
+    length_B = jnp.argmax(chance_BT, axis=1).astype(jnp.int32) + 1
+    return prefix(protocol, dialogue, length_B).replace(ended_B=~jnp.any(opens_BT, axis=1))
 
 
 def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mbrl_lm import config
@@ -74,24 +75,30 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def pjit(fun: Callable, mesh: Mesh, *args: Any, donate: Sequence[int] = ()) -> Callable:
-    """Compiles `fun` for arguments like `args` (arrays or ShapeDtypeStructs), everything sharded by its letters.
+def pjit(fun: Callable, mesh: Mesh, *, donate: Sequence[int] = ()) -> Callable:
+    """jax.jit of `fun`, arguments and results sharded by the letters of their names.
 
-    Numpy arguments are put on their devices; results come out sharded by the letters of *their* names.
+    Compiled once for each set of argument shapes. Numpy arguments are put on their devices.
+
+    Args:
+      fun: a function of pytrees of arrays; None is an empty tree.
+      mesh: the device mesh.
+      donate: positions of arguments whose memory the results may take.
     """
-    shapes = jax.eval_shape(lambda *a: a, *args)
-    with jax.set_mesh(mesh):
-        out = jax.eval_shape(fun, *shapes)
-    jitted = jax.jit(
-        fun,
-        in_shardings=shardings(shapes, mesh),
-        out_shardings=shardings(out, mesh),
-        donate_argnums=tuple(donate),
-    )
+    compiled: dict[Any, Callable] = {}
 
     def call(*args):
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tree, tuple((np.shape(x), jax.dtypes.result_type(x)) for x in leaves)
         with jax.set_mesh(mesh):
-            return jitted(*args)
+            if shapes not in compiled:
+                abstracts = jax.tree.map(jax.typeof, args)
+                compiled[shapes] = jax.jit(
+                    fun,
+                    in_shardings=shardings(abstracts, mesh),
+                    out_shardings=shardings(jax.eval_shape(fun, *abstracts), mesh),
+                    donate_argnums=tuple(donate),
+                )
+            return compiled[shapes](*args)
 
-    call.lower = jitted.lower
     return call

@@ -11,6 +11,7 @@ import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
@@ -101,11 +102,14 @@ class Tokenizer:
       vocab_size: special tokens and pieces together.
       unknown: ids that stand for no text: <unk>, and the control pieces of a model trained elsewhere. They may be read, and
         must never be sampled.
+      opens_word: bool, for every piece in order, whether it begins a word wherever it stands: all those of a word model do.
+        A piece that begins a text begins a word, too.
     """
 
     proto: bytes = dataclasses.field(repr=False)
     vocab_size: int = dataclasses.field(init=False)
     unknown: tuple[int, ...] = dataclasses.field(init=False)
+    opens_word: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
     _processor: sentencepiece.SentencePieceProcessor = dataclasses.field(init=False, repr=False, compare=False)
     _word_id: dict[str, int] | None = dataclasses.field(init=False, repr=False, compare=False)  # of a word model only
 
@@ -125,6 +129,7 @@ class Tokenizer:
             word_id = {processor.id_to_piece(i).removeprefix(SPACE): i for i in pieces if i not in silent}
         for name, value in (
             ("vocab_size", protocol.FIRST_PIECE + len(pieces)),
+            ("opens_word", np.array([word_id is not None or processor.id_to_piece(i).startswith(SPACE) for i in pieces])),
             ("unknown", tuple(protocol.FIRST_PIECE + i for i in silent)),
             ("_processor", processor),
             ("_word_id", word_id),

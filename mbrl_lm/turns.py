@@ -18,7 +18,7 @@ def find_turns(protocol: pr.Protocol, dialogue: Dialogue) -> Turns:
     """Finds the assistant's turns; U is that of `dialogue.reward_BU`, and later turns are left out.
 
     A turn is a whole transition (`mask_BU`) when the assistant gave the floor away and either its next turn was reached or
-    the dialogue truly ended. The last turn of a truncated dialogue is no transition: the value of its state is the bootstrap.
+    the dialogue truly ended. The last turn of a truncated dialogue is none: the value of its state is the bootstrap.
     """
     U = dialogue.reward_BU.shape[1]
     author_BT = dialogue.author_BT.astype(jnp.int32)

@@ -11,6 +11,7 @@ from mbrl_lm.config import Config, ConfigError
 
 def test_only_what_is_given_is_set(monkeypatch):
     args = ["--config.model.width=64", "--config.returns.lambda_=0.5", "--noconfig.model.tied", "--config.data_dir=a b"]
+    args += ["--config.widths=(48, 64)"]
     monkeypatch.setattr(sys, "argv", ["program", *args, "--workdir=w"])
     with flagsaver.flagsaver():
         given = command_line.flatten(command_line.parse(sys.argv))
@@ -19,7 +20,7 @@ def test_only_what_is_given_is_set(monkeypatch):
     with flagsaver.flagsaver():
         default = command_line.flatten(command_line.parse(sys.argv))
     changed = {name: value for name, value in given.items() if value != default[name]}
-    assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": False, "data_dir": "a b"}
+    assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": False, "data_dir": "a b", "widths": (48, 64)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Token layouts written out by hand, and batches as a function of (seed, step)."""
+"""Token layouts written out by hand."""
 
 import jax
 import numpy as np
@@ -120,25 +120,3 @@ def test_a_wrong_protocol_is_refused():
 @pytest.fixture(scope="module")
 def ten():
     return encoded(*(said("u a", "s b") for _ in range(10)))
-
-
-def test_a_batch_is_a_function_of_seed_and_step(ten):
-    batch_at = encode.batches(ten, seed=3, batch=4)
-    first = [batch_at(k).uid_B.tolist() for k in range(10)]
-    resumed = encode.batches(ten, seed=3, batch=4)
-    assert [resumed(k).uid_B.tolist() for k in (9, 4, 0)] == [first[9], first[4], first[0]]
-    other = encode.batches(ten, seed=4, batch=4)
-    assert [other(k).uid_B.tolist() for k in range(10)] != first
-    assert batch_at(0).check().token_BT.shape == (4, 16)
-
-
-def test_every_epoch_visits_every_row_once_in_a_new_order(ten):
-    batch_at = encode.batches(ten, seed=3, batch=5)
-    epochs = [[*batch_at(2 * i).uid_B.tolist(), *batch_at(2 * i + 1).uid_B.tolist()] for i in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_more_rows_than_there_are_cannot_be_batched(ten):
-    with pytest.raises(DataError, match="lower config.train.batch"):
-        encode.batches(ten, seed=0, batch=11)

@@ -1,9 +1,8 @@
-"""Records to token arrays, and token arrays to the batch of a step."""
+"""Records to token arrays."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import grain
 import jax
 import numpy as np
 from absl import logging
@@ -80,34 +79,6 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, protocol: Protocol, 
         cut_B=~ended_B,
         uid_B=np.array(list(rows), np.uint32),
     ).check()
-
-
-def batches(dialogues: Dialogue, seed: int, batch: int) -> Callable[[int], Dialogue]:
-    """The batch of a step as a pure function of (seed, step): resuming at a step needs no iterator state.
-
-    Every epoch visits each row once, in an order of its own; a batch may begin in one epoch and end in the next.
-
-    Args:
-      dialogues: numpy arrays of B' rows.
-      seed: of the order, at least 0.
-      batch: B.
-
-    Returns:
-      batch_at: step -> Dialogue of B rows.
-
-    Raises:
-      DataError: if there are fewer rows than a batch takes.
-    """
-    rows = len(dialogues.uid_B)
-    if not 1 <= batch <= rows:
-        raise DataError(f"a batch of {batch} from {rows} dialogues: lower config.train.batch or give more data")
-    order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat().batch(batch)
-
-    def batch_at(step: int) -> Dialogue:
-        row_B = np.asarray(order[int(step)])
-        return jax.tree.map(lambda x: x[row_B], dialogues)
-
-    return batch_at
 
 
 def _row(record: Record, tokenizer: Tokenizer, protocol: Protocol, tokens: int, turns: int) -> _Row | None:

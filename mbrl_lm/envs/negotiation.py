@@ -31,9 +31,8 @@ def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tok
     opening = {pr.ASSISTANT: pr.TO_ASSISTANT, pr.USER: pr.TO_USER}
     width = 2 + 2 * ITEMS
     dialogue = empty_dialogues(len(contexts), width, turns)
-    dialogue.token_BT[:] = [
-        [pr.BOS, *(pr.NUMBER + n for n in context), opening[first]] for context, first in zip(contexts, first_speaker, strict=True)
-    ]
+    for b, (context, first) in enumerate(zip(contexts, first_speaker, strict=True)):
+        dialogue.token_BT[b] = [pr.BOS, *(pr.NUMBER + n for n in context), opening[first]]
     if width > tokens:
         raise config.ConfigError(f"a negotiation opens with {width} tokens: raise --config.tokens={tokens}")
     dialogue.turn_BT[:] = 0
@@ -45,8 +44,8 @@ def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
     """Reads the result of finished negotiations, each seen from both sides.
 
     Returns:
-      score_a, score_b: points of either side, 0 without a deal; agreed; pareto: agreed, and no other split is at least as good
-      for both and better for one.
+      score_a, score_b: points of either side, 0 without a deal; agreed; pareto: agreed, and no other split is at least as
+      good for both and better for one.
     """
     share_a, wrote_a = map(np.asarray, reward.outcome_share(ours))
     share_b, wrote_b = map(np.asarray, reward.outcome_share(theirs))
@@ -71,21 +70,18 @@ class Table:
       net: of the policy.
       partner_net: of the other side.
       mesh: the device mesh.
-      params, partner_params: for their shapes.
       scenarios: pairs of contexts, one for each side.
       rows: dialogues at a time.
     """
 
-    def __init__(self, cfg, protocol, net: Net, partner_net: Net, mesh, params, partner_params, scenarios, rows: int = 64):
+    def __init__(self, cfg, protocol, net: Net, partner_net: Net, mesh, scenarios, rows: int = 64):
         self.cfg, self.scenarios, self.rows = cfg, scenarios, rows
-        example = prompts([scenarios[0][0]] * rows, [pr.USER] * rows, cfg.tokens, cfg.turns)
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
             views = rollout.View(net, params, ours), rollout.View(partner_net, partner_params, theirs)
             return rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
 
-        temperature_R = np.ones(len(pr.ROLES), np.float32)
-        self._talk = pjit(talk, mesh, params, partner_params, example, example, temperature_R, jax.random.key(0))
+        self._talk = pjit(talk, mesh)
         self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def play(self, params: Params, partner_params: Params, key: Array, dialogues: int, temperature: float):
@@ -106,7 +102,7 @@ class Table:
         results, seen = [], []
         for start in range(0, dialogues, self.rows):
             index = np.arange(start, start + self.rows)
-            ours, theirs = self._open(index)
+            ours, theirs = self.openings(index)
             ours, theirs = jax.device_get(self._talk(params, partner_params, ours, theirs, temperature_R, key))
             figures = settle(ours, theirs)
             figures["turns"] = ours.turn_BT.max(axis=1, where=ours.author_BT != pr.END, initial=0)
@@ -116,7 +112,8 @@ class Table:
         figures = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
         return figures, jax.tree.map(lambda *x: np.concatenate(x), *seen)
 
-    def _open(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
+    def openings(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
+        """The prompts of the given dialogues, seen from our side and from the partner's."""
         n = len(self.scenarios)
         seat, first = (index // n) % 2, (index // (2 * n) + index) % 2
         pairs = [self.scenarios[i % n][::-1] if s else self.scenarios[i % n] for i, s in zip(index, seat, strict=True)]

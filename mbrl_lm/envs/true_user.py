@@ -1,13 +1,13 @@
 """Real dialogues with an environment's true user: the policy writes its turns on the device, the user answers in text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from mbrl_lm import config, rollout
 from mbrl_lm import protocol as pr
+from mbrl_lm.data.batches import take
 from mbrl_lm.envs import ENVS
 from mbrl_lm.nn import Net
 from mbrl_lm.replay import empty_dialogues
@@ -25,18 +25,16 @@ class TrueUser:
       cfg: the run's config; `cfg.data` names the environment.
       net, protocol, tokenizer: of the policy.
       mesh: the device mesh.
-      params: for their shapes.
       rows: dialogues at a time.
     """
 
-    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params, rows: int):
+    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int):
         self.cfg, self.protocol, self.tokenizer, self.rows = cfg, protocol, tokenizer, rows
 
         def write_turn(params, prompt, temperature, key):
             return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature)
 
-        example = empty_dialogues(rows, cfg.tokens, cfg.turns)
-        self._write_turn = pjit(write_turn, mesh, params, example, np.float32(1), jax.random.key(0))
+        self._write_turn = pjit(write_turn, mesh)
         self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def play(self, params: Params, key: Array, uids: Sequence[int], split: str, temperature: float):
@@ -58,7 +56,7 @@ class TrueUser:
             some = list(uids[start : start + self.rows])
             env = ENVS[self.cfg.data](self.cfg.seed, some + some[:1] * (self.rows - len(some)), split)
             dialogues, rewards = self._play(env, params, key, np.array(some), temperature)
-            parts.append(jax.tree.map(lambda x, n=len(some): x[:n], dialogues))
+            parts.append(take(dialogues, np.arange(len(some))))
             outcomes += [env.outcome(i) | rewards[i] for i in range(len(some))]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts), outcomes
 
@@ -74,7 +72,7 @@ class TrueUser:
         for b, (context, opening) in enumerate(zip(env.contexts, env.openings, strict=True)):
             tokens = [pr.BOS, *encode(context), pr.TO_USER, *encode(opening), pr.TO_ASSISTANT]
             if len(tokens) > self.cfg.tokens:
-                raise config.ConfigError(f"a dialogue opens with {len(tokens)} tokens: raise --config.tokens={self.cfg.tokens}")
+                raise config.ConfigError(f"a dialogue opens with {len(tokens)} tokens: raise --config.tokens")
             dialogue.token_BT[b, : len(tokens)] = tokens
         return self._parsed(dialogue)
 

@@ -1,0 +1,1 @@
+"""Training loops: each composes the library into one readable file."""

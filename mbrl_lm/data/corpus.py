@@ -1,0 +1,72 @@
+"""From a config to token arrays: the records of a run, its tokenizer and its protocol."""
+
+import dataclasses
+import json
+import pathlib
+
+from mbrl_lm import config, tokenizer
+from mbrl_lm.data import DATASETS, load
+from mbrl_lm.data.encode import encode
+from mbrl_lm.data.records import Record, hold_out
+from mbrl_lm.envs.concierge import logs
+from mbrl_lm.metrics import write_atomic
+from mbrl_lm.protocol import Protocol, make_protocol
+from mbrl_lm.tokenizer import Tokenizer
+from mbrl_lm.types import Dialogue
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run learns from, and is tested on.
+
+    Attributes:
+      tokenizer, protocol: of all its dialogues.
+      train, val: numpy dialogues, (B, tokens).
+      others: dialogues of scenarios that are neither in `train` nor in `val`: the partner of a negotiation learns from them.
+      val_records: the records of `val`.
+    """
+
+    tokenizer: Tokenizer
+    protocol: Protocol
+    train: Dialogue
+    val: Dialogue
+    others: Dialogue | None
+    val_records: list[Record]
+
+
+def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
+    """Reads (and on the first start prepares) the data of a run; the tokenizer is kept in its directory.
+
+    Raises:
+      DataError: if raw files are missing or malformed.
+      ConfigError: if `tokenizer.model_file` cannot be used.
+    """
+    data_dir = cfg.data_dir or write_logs(cfg, workdir / "logs")
+    splits = load(cfg.data, data_dir, workdir / "data")
+    train, val, others = splits["train"], splits["val"], []
+    model = workdir / "tokenizer.model"
+    if cfg.tokenizer.model_file:
+        model = pathlib.Path(cfg.tokenizer.model_file)
+    elif not model.exists():
+        words = (text for record in train for text in (record.context, *(turn.text for turn in record.turns)))
+        write_atomic(model, tokenizer.train(words, cfg.tokenizer))
+    pieces = tokenizer.load(str(model))
+    kind = DATASETS[cfg.data].kind
+    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens)
+    if kind == "negotiation":
+        train, others = hold_out(train, cfg.partner.share)
+
+    def tokens(records):
+        return encode(records, pieces, protocol, cfg.tokens, cfg.turns)
+
+    return Corpus(pieces, protocol, tokens(train), tokens(val), tokens(others) if others else None, val)
+
+
+def write_logs(cfg: config.Config, directory: pathlib.Path) -> pathlib.Path:
+    """Writes the logs of the embedded environment as chat_jsonl, unless they are there; returns where."""
+    directory.mkdir(exist_ok=True)
+    if not (directory / "val.jsonl").exists():
+        lines = [json.dumps(record) + "\n" for record in logs(cfg.seed, cfg.logs + cfg.val_logs)]
+        write_atomic(directory / "train.jsonl", "".join(lines[: cfg.logs]))
+        write_atomic(directory / "val.jsonl", "".join(lines[cfg.logs :]))
+    return directory

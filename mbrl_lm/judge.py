@@ -1,0 +1,172 @@
+"""Who a policy is judged by: the embedded environment's true user, or a partner that shares no scenario with it.
+
+A judge plays real dialogues and imagines others from the same openings. Of the four returns of the exploitation table it
+gives the three that need no true reward for an imagined user:
+
+    gap = G(u^, r^) - G(u*, r*)  =  user-model part [G(u^, r^) - G(u*, r^)]  +  reward-model part [G(u*, r^) - G(u*, r*)]
+
+u^ is the imagined user, u* the true one, r^ the reward that imagination is trained on, r* the true one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl_lm import config, learner, nn, rollout, value
+from mbrl_lm import protocol as pr
+from mbrl_lm.data.batches import batches, chunks
+from mbrl_lm.data.builders.deal_or_no_deal import scenario_key
+from mbrl_lm.data.corpus import Corpus
+from mbrl_lm.envs.concierge import TEST_UIDS, mean_interval
+from mbrl_lm.envs.negotiation import GREEDY, Table, summary
+from mbrl_lm.envs.true_user import TrueUser
+from mbrl_lm.reward import REWARDS
+from mbrl_lm.sharding import pjit
+from mbrl_lm.turns import find_turns
+from mbrl_lm.types import Array, Dialogue, Params, TrainState
+
+
+class Verdict(NamedTuple):
+    """Figures by name, and real dialogues as the policy saw them."""
+
+    figures: dict[str, float]
+    dialogues: Dialogue
+
+
+class Judge(Protocol):
+    """Scores a policy against someone nothing was trained on."""
+
+    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict: ...
+
+
+def make_judge(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh) -> Judge | None:
+    """The judge of a data set; None where there is nobody to talk to, only recordings."""
+    judges: dict[str, Callable[..., Judge]] = {"concierge": ConciergeJudge, "deal_or_no_deal": PartnerJudge}
+    if cfg.data not in judges:
+        return None
+    return judges[cfg.data](cfg, net, corpus, mesh)
+
+
+class Imagination:
+    """Returns under the learned reward: of dialogues imagined from given openings, and of real ones."""
+
+    def __init__(self, cfg: config.Config, net: nn.Net, protocol: pr.Protocol, mesh, rows: int):
+        centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
+
+        def learned_return(params, dialogue):
+            turns = find_turns(protocol, dialogue)
+            heads = net.forward(params, dialogue.token_BT)
+            return jnp.sum(REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W), axis=1)
+
+        def imagine(params, opening, temperature_R, key):
+            whole = rollout.imagine(
+                net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R
+            )
+            return learned_return(params, whole)
+
+        self._imagine, self._learned, self._rows = pjit(imagine, mesh), pjit(learned_return, mesh), rows
+
+    def imagined(self, params: Params, openings: Dialogue, temperature_R: np.ndarray, key: Array) -> np.ndarray:
+        """G(u^, r^) of each opening."""
+        parts = [(self._imagine(params, part, temperature_R, key), mask) for part, mask in chunks(openings, self._rows)]
+        return np.concatenate([np.asarray(x)[mask] for x, mask in parts])
+
+    def learned(self, params: Params, dialogues: Dialogue) -> np.ndarray:
+        """G(u*, r^) of each real dialogue."""
+        parts = [(self._learned(params, part), mask) for part, mask in chunks(dialogues, self._rows)]
+        return np.concatenate([np.asarray(x)[mask] for x, mask in parts])
+
+
+def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dict[str, float]:
+    """The exploitation gap and its two parts, from paired returns."""
+    mean, low, high = mean_interval(true.tolist())
+    return {
+        "true/return": mean,
+        "true/return_low": low,
+        "true/return_high": high,
+        "imagined/return": float(imagined.mean()),
+        "gap/total": float(imagined.mean() - mean),
+        "gap/user_model": float(imagined.mean() - real_learned.mean()),
+        "gap/reward_model": float(real_learned.mean() - mean),
+    }
+
+
+class ConciergeJudge:
+    """The embedded environment's true user, all types, those held out of training included."""
+
+    ROWS = 64
+
+    def __init__(self, cfg, net, corpus: Corpus, mesh):
+        self._cfg = cfg
+        self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS)
+        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
+
+    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
+        """Success, return and its components, per user type, with 95 % intervals; the gap."""
+        uids, temperature = TEST_UIDS[:dialogues], self._cfg.eval.temperature
+        real, outcomes = self._user.play(params, key, uids, "test", temperature)
+        column = {name: np.array([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
+        figures = {}
+        figures["true/success"], figures["true/success_low"], figures["true/success_high"] = mean_interval(column["success"])
+        for kind in np.unique(column["type"]):
+            figures[f"true/success/{kind}"] = float(column["success"][column["type"] == kind].mean())
+        told = ("left", "hallucinated", "injected", "turns", "asked")
+        components = ("outcome", "turn_cost", "hallucination", "injection")
+        figures |= {f"true/{name}": column[name].mean() for name in told + components}
+        if self._imagination:
+            temperature_R = np.ones(len(pr.ROLES), np.float32)
+            temperature_R[pr.ASSISTANT] = temperature
+            imagined = self._imagination.imagined(params, self._user.openings(uids, "test"), temperature_R, key)
+            figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
+        return Verdict({name: float(x) for name, x in figures.items()}, real)
+
+
+class PartnerJudge:
+    """A partner of another architecture and seed, trained on scenarios that are disjoint from the learner's.
+
+    It is still a model, fitted to people, and no person: see the known gaps in BUILD_NOTES.md.
+    """
+
+    ROWS = 64
+
+    def __init__(self, cfg, net, corpus: Corpus, mesh):
+        self._cfg = cfg
+        self._partner_net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
+        self._partner = fit_by_likelihood(cfg, self._partner_net, corpus, mesh).params
+        known = {scenario_key(r.numbers, r.partner_numbers): (r.numbers, r.partner_numbers) for r in corpus.val_records}
+        scenarios = [known[key] for key in sorted(known)]
+        self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS)
+        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
+
+    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
+        """Both sides' points, agreement and Pareto efficiency over held-out scenarios; the gap, in points."""
+        temperature = self._cfg.eval.temperature
+        results, real = self._table.play(params, self._partner, key, dialogues, temperature)
+        temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
+        temperature_R[pr.OUTCOME] = GREEDY
+        openings, _ = self._table.openings(np.arange(dialogues))
+        imagined = self._imagination.imagined(params, openings, temperature_R, key)
+        figures = {f"partner/{name}": x for name, x in summary(results).items()}
+        figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
+        return Verdict(figures, real)
+
+
+def fit_by_likelihood(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh) -> TrainState:
+    """A model of both speakers, fitted to `corpus.others` by likelihood alone, with a seed of its own.
+
+    A function of the config: an interrupted run fits it again, to the same bits.
+    """
+    train = config.Train(**{**cfg.train.__dict__, "supervised_steps": cfg.partner.steps})
+    own = config.override(config.Config(**cfg.__dict__), {"model": cfg.partner.model, "train": train})
+    optimizer = learner.make_optimizer(train)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), np.uint32(2**31))
+    state = pjit(functools.partial(learner.init_state, net, optimizer), mesh)(key)
+    update = learner.compile_update(net, corpus.protocol, own, optimizer, mesh, rl=False)
+    batch_at = batches(corpus.others, cfg.seed + 1, train.batch, cfg.widths)
+    for step in range(cfg.partner.steps):
+        state, _ = update(state, batch_at(step), None, jax.random.fold_in(key, step))
+    return state

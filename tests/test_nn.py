@@ -1,0 +1,129 @@
+"""The network: one function however it is computed, causal, and neutral where it has learnt nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import config_of, largest_difference, noisy, world
+
+from mbrl_lm.nn import make_net
+
+SHAPES = [
+    {"model__scan_layers": False, "model__conv_width": 3, "model__kv_heads": 2, "model__tied": True},
+    {"model__scan_layers": True, "model__conv_width": 3, "model__kv_heads": 1, "model__tied": False},
+    {"model__scan_layers": False, "model__conv_width": 1, "model__kv_heads": 4, "model__tied": False},
+    {"model__scan_layers": True, "model__conv_width": 1, "model__kv_heads": 2, "model__tied": True},
+]
+TOKENS = np.random.default_rng(0).integers(0, 27, (3, 12)).astype(np.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_equals_forward(shape):
+    w = world(**shape)
+    whole = jax.jit(w.net.forward)(w.params, TOKENS)
+    decode = jax.jit(w.net.decode_step)
+    prompt = 5
+    # The prompt is read with garbage after it, and the cache is longer than the text: neither may matter.
+    rubbish = np.concatenate([TOKENS[:, :prompt], 3 + 0 * TOKENS[:, prompt : prompt + 3]], axis=1)
+    cache = jax.jit(w.net.prefill)(w.params, rubbish, w.net.init_cache(3, 16))
+    for t in range(prompt - 1, TOKENS.shape[1]):
+        heads, cache = decode(w.params, TOKENS[:, t], t, cache)
+        assert largest_difference(heads, jax.tree.map(lambda x, t=t: x[:, t], whole)) < 2e-5
+
+
+def test_decode_from_nothing_equals_forward():
+    w = world(**SHAPES[0])
+    whole = jax.jit(w.net.forward)(w.params, TOKENS)
+    decode, cache = jax.jit(w.net.decode_step), w.net.init_cache(3, 16)
+    for t in range(6):
+        heads, cache = decode(w.params, TOKENS[:, t], t, cache)
+        assert largest_difference(heads, jax.tree.map(lambda x, t=t: x[:, t], whole)) < 2e-5
+
+
+def test_scanned_layers_equal_unrolled_ones():
+    unrolled, scanned = world(model__scan_layers=False), world(model__scan_layers=True)
+    params = dict(unrolled.params)
+    params["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), params.pop("blocks_0"), params.pop("blocks_1"))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, dict(scanned.params))
+    a = jax.jit(unrolled.net.forward)(unrolled.params, TOKENS)
+    assert largest_difference(a, jax.jit(scanned.net.forward)(params, TOKENS)) < 1e-5
+    assert float(jnp.std(a.logits_BTV)) > 0.1
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_changes_neither_values_nor_gradients(scan):
+    plain = world(model__scan_layers=scan)
+    remat = make_net(config_of(model__scan_layers=scan, model__remat=True).model, plain.protocol.vocab_size)
+
+    def value_and_gradient(net):
+        def total(params):
+            return jnp.sum(jnp.sin(net.forward(params, TOKENS).logits_BTV))
+
+        return jax.jit(jax.value_and_grad(total))(plain.params)
+
+    a, b = value_and_gradient(plain.net), value_and_gradient(remat)
+    assert largest_difference(a, b) < 2e-4 * float(jnp.max(jnp.abs(a[1]["embed_VD"])))
+    program = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(remat.trunk(p, TOKENS))))(plain.params))
+    assert "remat" in program or "checkpoint" in program
+
+
+def test_nothing_before_a_token_sees_it():
+    w = world()
+    forward = jax.jit(w.net.forward)
+    whole = forward(w.params, TOKENS)
+    for t in (0, 4, 11):
+        other = TOKENS.copy()
+        other[:, t] = (other[:, t] + 5) % 27
+        changed = forward(w.params, other)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(changed), strict=True):
+            assert (a[:, :t] == b[:, :t]).all()
+            assert float(jnp.min(jnp.max(jnp.abs(a[:, t] - b[:, t]), axis=0))) > 0
+        if t < 11:
+            assert float(jnp.max(jnp.abs(whole.logits_BTV[:, -1] - changed.logits_BTV[:, -1]))) > 1e-4
+
+
+def test_padding_and_other_rows_change_nothing():
+    w = world()
+    forward = jax.jit(w.net.forward)
+    wide = np.pad(TOKENS, ((0, 1), (0, 4)))
+    cut = jax.tree.map(lambda x: x[:3, :12], forward(w.params, wide))
+    assert largest_difference(cut, forward(w.params, TOKENS)) < 1e-5
+
+
+def test_bfloat16_trunk_with_float32_heads():
+    w = world()
+    net = make_net(config_of(model__dtype="bfloat16").model, w.protocol.vocab_size)
+    assert jax.eval_shape(net.trunk, w.params, TOKENS).dtype == jnp.bfloat16
+    heads, cache = jax.jit(net.forward)(w.params, TOKENS), net.init_cache(3, 16)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(heads))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(cache))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
+    exact = jax.jit(w.net.forward)(w.params, TOKENS)
+    error = jnp.max(jnp.abs(heads.logits_BTV - exact.logits_BTV))
+    assert 1e-4 < float(error) < 0.1 * float(jnp.max(jnp.abs(exact.logits_BTV)))
+
+
+def test_heads_start_exactly_neutral():
+    net = make_net(config_of().model, 27)
+    heads = jax.jit(net.forward)(jax.jit(net.init)(jax.random.key(3)), TOKENS)
+    assert not heads.value_BTW.any() and not heads.reward_BTW.any() and not heads.end_BT.any()
+    assert float(jnp.std(heads.logits_BTV)) > 0.1
+
+
+def test_dropout_is_on_exactly_when_a_key_is_given():
+    w = world(model__dropout=0.3)
+    none = world(model__dropout=0.0)
+    trunk = jax.jit(w.net.trunk)
+    plain = jax.jit(none.net.trunk)(w.params, TOKENS)
+    assert largest_difference(trunk(w.params, TOKENS), plain) < 1e-5
+    a, b = (trunk(w.params, TOKENS, jax.random.key(k)) for k in (0, 1))
+    assert largest_difference(a, trunk(w.params, TOKENS, jax.random.key(0))) == 0
+    assert largest_difference(a, b) > 0.1 and largest_difference(a, plain) > 0.1
+    assert largest_difference(jax.jit(none.net.trunk)(w.params, TOKENS, jax.random.key(0)), plain) == 0
+
+
+def test_noise_reaches_every_parameter():
+    net = make_net(config_of().model, 27)
+    params = jax.jit(net.init)(jax.random.key(0))
+    gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), params, noisy(params))
+    assert min(jax.tree.leaves(gaps)) > 0.01

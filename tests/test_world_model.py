@@ -1,0 +1,32 @@
+"""What the model of the user is trained on."""
+
+import jax.numpy as jnp
+import numpy as np
+from tiny import dialogue
+
+from mbrl_lm import protocol as pr
+from mbrl_lm import world_model
+
+CHAT = pr.make_protocol("chat", pr.FIRST_PIECE + 8)
+DEAL = pr.make_protocol("negotiation", pr.FIRST_PIECE + 8)
+
+
+def test_user_tokens_are_the_users_real_words_handovers_and_ends():
+    d = dialogue(CHAT, ["bos a >u b c >a d >u stop", "bos a >u b c >a d >u leave"], T=10)
+    own_BT = np.zeros((2, 10), bool)
+    own_BT[1, 5:] = True
+    mask = world_model.user_tokens(d.replace(sampled_BT=own_BT))
+    assert mask[0].tolist() == [x == "u" for x in "cccuuuaau."]
+    assert mask[1].tolist() == [x == "u" for x in "cccuu.aa.."]
+
+
+def test_real_tokens_of_an_outcome():
+    d = dialogue(DEAL, ["bos >a b >o 1 2 3 stop"], T=10)
+    assert world_model.real_tokens(d, pr.OUTCOME)[0].tolist() == [4 <= t < 8 for t in range(10)]
+
+
+def test_end_loss_by_hand():
+    logit = jnp.array([[0.0, 2.0, 2.0, -3.0]])
+    loss = world_model.end_loss(logit, jnp.array([[True, True, False, False]]))
+    p = 1 / (1 + np.exp(-np.array([0.0, 2.0, 2.0, -3.0])))
+    np.testing.assert_allclose(loss, -np.log([[p[0], p[1], 1 - p[2], 1 - p[3]]]), rtol=1e-5)
