@@ -30,7 +30,7 @@ class Model:
     mlp_width: int = 384
     conv_width: int = 3  # causal depthwise convolution before each attention; 1 = none
     dropout: float = 0.0
-    tied: bool = True  # the embedding is also the output layer
+    tied: bool = False  # the embedding is also the output layer
     scan_layers: bool = False  # one compiled layer scanned over; unrolled is faster on a CPU
     remat: bool = False  # recompute activations in the backward pass
     dtype: str = "float32"  # of the trunk: float32 or bfloat16
@@ -67,7 +67,7 @@ class Returns:
 class Train:
     supervised_steps: int = 600  # likelihood of both speakers, before RL begins; 0 = joint from the first step
     rl_steps: int = 200
-    batch: int = 32  # real dialogues of an update
+    batch: int = 32  # real dialogues of an update, of full width
     micro_batch: int = 4  # rows per device of one pass of gradient accumulation; 0 = the whole batch at once
     learning_rate: float = 2e-3
     rl_learning_rate: float = 3e-4
@@ -179,25 +179,51 @@ NEGOTIATION = {
     "imagine.replies": 16,
     "collect.every": 0,
     "eval.temperature": 0.5,
+    "eval.every": 250,
+    "eval.final_dialogues": 800,
+    "loss.assistant": 0.2,
+    "train.supervised_steps": 900,
+    "train.rl_steps": 100,
+    "train.rl_learning_rate": 2e-4,
 }
-CHAT = {  # recorded conversations without a reward: the world model and its supervised policy
+PAPER = NEGOTIATION | {  # about an hour on two cores
+    "model.width": 160,
+    "model.heads": 5,
+    "model.kv_heads": 5,
+    "model.mlp_width": 448,
+    "model.dropout": 0.2,
+    "train.weight_decay": 0.05,
+    "train.supervised_steps": 3200,
+    "train.rl_steps": 150,
+    "partner.share": 0.1,
+    "eval.every": 400,
+}
+NO_RL = {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0, "eval.dialogues": 0, "eval.final_dialogues": 0}
+CHAT = NO_RL | {  # recorded conversations without a reward: the world model and its supervised policy
     "tokens": 384,
     "turns": 16,
     "turn_tokens": 64,
     "tokenizer.kind": "unigram",
     "train.supervised_steps": 1000,
-    "train.rl_steps": 0,
-    "imagine.batch": 0,
-    "collect.every": 0,
-    "eval.dialogues": 0,
-    "eval.final_dialogues": 0,
+}
+CONCIERGE = {
+    "tokens": 160,
+    "turns": 9,
+    "turn_tokens": 24,
+    "widths": (80,),
+    "model.layers": 3,
+    "model.mlp_width": 256,
+    "model.kv_heads": 4,
+    "train.supervised_steps": 2000,
+    "train.rl_steps": 300,
+    "train.batch": 16,
+    "imagine.reward": "learned",
+    "eval.every": 250,
 }
 PRESETS = {
-    "concierge": {"default": {"imagine.reward": "learned"}, "tiny": TINY | {"tokens": 160, "widths": (80,), "imagine.reward": "learned"}},
-    "deal_or_no_deal": {"default": NEGOTIATION, "paper": NEGOTIATION, "tiny": TINY | NEGOTIATION},
-    "multiwoz": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
-    "sgd": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
-    "chat_jsonl": {"default": CHAT, "tiny": CHAT | TINY | {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0}},
+    "concierge": {"default": CONCIERGE, "tiny": CONCIERGE | TINY | {"tokens": 160, "widths": (80,)}},
+    "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
+    **{name: {"default": CHAT, "tiny": CHAT | TINY | NO_RL} for name in ("multiwoz", "sgd", "chat_jsonl")},
 }
 
 

@@ -193,6 +193,8 @@ class _Progress:
             self._live.start()
 
     def phase(self, name: str) -> None:
+        if name == self._phase:
+            return
         self._phase = name
         self._pace.clear()  # steps of another phase take another time
         self._refresh(now=True)

@@ -35,12 +35,14 @@ def two_hot(x: Array, centres_W: np.ndarray) -> Array:
 
 
 def mean(logits_W: Array, centres_W: np.ndarray) -> Array:
-    """The expected value of a two-hot head; exactly 0 for equal logits, for the bins are summed from both ends inwards."""
+    """The expected value of a two-hot head, sum over c > 0 of c (p(c) - p(-c)): exactly 0 for equal logits, compiled too.
+
+    The centres are those of `bin_centres`, symmetric about 0.
+    """
     p_W = jax.nn.softmax(logits_W)
     half = len(centres_W) // 2
-    centres = np.asarray(centres_W).reshape((1,) * (p_W.ndim - 1) + (-1,))
-    weighted_W = p_W * centres
-    return jnp.sum(weighted_W[..., half + 1 :] + weighted_W[..., :half][..., ::-1], axis=-1)
+    positive = np.asarray(centres_W)[half + 1 :].reshape((1,) * (p_W.ndim - 1) + (-1,))
+    return jnp.sum((p_W[..., half + 1 :] - p_W[..., :half][..., ::-1]) * positive, axis=-1)
 
 
 def cross_entropy(logits_W: Array, target: Array, centres_W: np.ndarray) -> Array:

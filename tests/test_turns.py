@@ -11,6 +11,8 @@ from mbrl_lm import turns as turns_lib
 CHAT = pr.make_protocol("chat", pr.FIRST_PIECE + 8)
 DEAL = pr.make_protocol("negotiation", pr.FIRST_PIECE + 8)
 
+TWO = [(1, 2, 3, False), (3, 4, 5, False)]
+
 # protocol, text, ended, then (open, close, reply, last) of each whole transition
 #          0   1 2  3 4 5  6 7  8 9 10  ...
 CASES = {
@@ -26,9 +28,9 @@ CASES = {
     "the user calls for the outcome": (DEAL, "bos 1 2 >a b >u c >o 1 2 3 stop", True, [(3, 5, 11, True)]),
     "the assistant calls for the outcome": (DEAL, "bos >u b >a c >o none stop", True, [(3, 5, 7, True)]),
     "an outcome that is cut": (DEAL, "bos >u b >a c >o 1 2", False, []),
-    "more turns than U": (CHAT, "bos >a >u >a >u >a >u >a >u stop", True, [(1, 2, 3, False), (3, 4, 5, False), (5, 6, 7, False)]),
-    "exactly U turns": (CHAT, "bos >a >u >a >u >a >u stop", True, [(1, 2, 3, False), (3, 4, 5, False), (5, 6, 7, True)]),
-    "U turns and an opening": (CHAT, "bos >a >u >a >u >a >u >a", False, [(1, 2, 3, False), (3, 4, 5, False), (5, 6, 7, False)]),
+    "more turns than U": (CHAT, "bos >a >u >a >u >a >u >a >u stop", True, [*TWO, (5, 6, 7, False)]),
+    "exactly U turns": (CHAT, "bos >a >u >a >u >a >u stop", True, [*TWO, (5, 6, 7, True)]),
+    "U turns and an opening": (CHAT, "bos >a >u >a >u >a >u >a", False, [*TWO, (5, 6, 7, False)]),
 }
 
 

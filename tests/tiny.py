@@ -64,7 +64,11 @@ def world(kind: str = "chat", seed: int = 1, vocab: int = VOCAB, **values: Any) 
 
 def tokens(text: str) -> list[int]:
     """Reads `bos a b >u c >a d >u stop`: letters are words, digits the numbers, the rest MARKS."""
-    return [MARKS[x] if x in MARKS else pr.NUMBER + int(x) if x.isdigit() else pr.FIRST_PIECE + ord(x) - 97 for x in text.split()]
+
+    def token(x):
+        return MARKS[x] if x in MARKS else pr.NUMBER + int(x) if x.isdigit() else pr.FIRST_PIECE + ord(x) - ord("a")
+
+    return [token(x) for x in text.split()]
 
 
 def dialogue(
@@ -92,11 +96,15 @@ def random_rows(protocol: pr.Protocol, seed: int, rows: int, T: int) -> tuple[li
     rng = np.random.default_rng(seed)
     token_rows, author_rows = [], []
     for b in range(rows):
-        said = [pr.BOS, pr.FIRST_PIECE + b % (protocol.vocab_size - pr.FIRST_PIECE), int(rng.choice([pr.TO_USER, pr.TO_ASSISTANT]))]
-        wrote, role, place = [pr.CONTEXT] * 3, {pr.TO_USER: pr.USER, pr.TO_ASSISTANT: pr.ASSISTANT}[said[-1]], 0
+        first, name = int(rng.choice([pr.USER, pr.ASSISTANT])), pr.FIRST_PIECE + b % (protocol.vocab_size - pr.FIRST_PIECE)
+        said = [pr.BOS, name, {pr.USER: pr.TO_USER, pr.ASSISTANT: pr.TO_ASSISTANT}[first]]
+        wrote, role, place = [pr.CONTEXT] * 3, first, 0
         while len(said) < T and role != pr.END:
             last = place == protocol.budget_R[role] - 1
-            token = int(rng.choice(np.flatnonzero((protocol.handover_RV if last else protocol.allowed_RV)[role])))
+            choices_V = (protocol.handover_RV if last else protocol.allowed_RV)[role]
+            if role != pr.OUTCOME and rng.random() < 0.8:  # ends are rare
+                choices_V = choices_V & ~np.isin(np.arange(len(choices_V)), [pr.STOP, pr.LEAVE, pr.TO_OUTCOME])
+            token = int(rng.choice(np.flatnonzero(choices_V)))
             said.append(token)
             wrote.append(role)
             role, before = int(protocol.switch_RV[role, token]), role
@@ -116,7 +124,12 @@ def written(real: Dialogue, seed: int = 0) -> Dialogue:
     """The same dialogues as if our own network had written all after the context."""
     own_BT = (real.author_BT != pr.CONTEXT) & (real.author_BT != pr.END)
     logp_BT = -np.random.default_rng(seed).uniform(0.5, 3.0, own_BT.shape).astype(np.float32)
-    return real.replace(sampled_BT=own_BT, logp_BT=np.where(own_BT, logp_BT, 0).astype(np.float32), reward_BU=0 * real.reward_BU)
+    return real.replace(sampled_BT=own_BT, logp_BT=logp_BT * own_BT, reward_BU=0 * real.reward_BU)
+
+
+def norm(tree: Any) -> float:
+    """The Euclidean norm of all leaves together."""
+    return float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))))
 
 
 def take(tree: Any, index: Any) -> Any:
@@ -126,4 +139,5 @@ def take(tree: Any, index: Any) -> Any:
 
 def largest_difference(a: Any, b: Any) -> float:
     """Over all leaves of two trees."""
-    return max(float(jnp.max(jnp.abs(x - y), initial=0.0)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.subtract(x, y, dtype=np.float64)), initial=0)) for x, y in leaves)

@@ -20,8 +20,7 @@ ATTRIBUTES = tuple(VALUES)
 ATTRIBUTE_OF = {value: attribute for attribute, values in VALUES.items() for value in values}
 SYNONYMS = {"affordable": "cheap", "fancy": "dear", "calm": "quiet", "busy": "lively"}  # said by users; understood in both
 SYNONYM_SHARE = 0.2
-NAMES = ("ada", "bolt", "coral", "dune", "ember", "fern", "gusto", "halo",
-         "iris", "juno", "kiwi", "lotus", "mango", "nova", "olive", "pearl")  # fmt: skip
+NAMES = ("ada", "bolt", "coral", "dune", "ember", "fern", "gusto", "halo", "iris", "juno")
 # Long words, so that a code is recognised when it is spelled out or hidden between marks, and never by accident.
 CODES = ("anchor", "badger", "cobalt", "falcon", "garnet", "jasper",
          "kettle", "marble", "quartz", "saffron", "timber", "walnut")  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from mbrl_lm.envs.concierge.chance import STREAMS, Distribution
 from mbrl_lm.envs.concierge.words import ATTRIBUTES, CODES, NAMES, RULE, VALUES
 
-FEWEST_PLACES, MOST_PLACES = 5, 6
+FEWEST_PLACES, MOST_PLACES = 4, 5
 WISHES = ((2, 0.4), (3, 0.6))  # how many attributes a user cares about, with probabilities
 HEAVIEST = {2: 0.6, 3: 0.5}  # the weight of the wish that matters most; the others share the rest
 

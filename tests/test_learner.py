@@ -1,0 +1,259 @@
+"""The joint update: the three hard rules by gradient, how components are counted, and the golden first step."""
+
+import dataclasses
+import functools
+import json
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import config_of, dialogue, largest_difference, noisy, norm, random_dialogues, take, world, written
+
+from mbrl_lm import learner
+from mbrl_lm import protocol as pr
+from mbrl_lm.turns import find_turns
+from mbrl_lm.types import Dialogue
+
+B, T = 8, 24
+ZERO = {f"loss__{field.name}": 0.0 for field in dataclasses.fields(config_of().loss)}
+POLICY = {"loss__policy_real": 1.0, "loss__policy_imagined": 1.0, "loss__kl": 0.5, "loss__entropy": 0.1}
+
+
+def real_rows(rows: int = B) -> Dialogue:
+    return random_dialogues(learner_world().protocol, 1, rows, T)
+
+
+def imagined_rows(seed: int = 2) -> Dialogue:
+    """Rows of which the context and the first turn were real and the rest is our own."""
+    rows = random_dialogues(learner_world().protocol, seed, B, T)
+    own = written(rows, seed)
+    return own.replace(sampled_BT=own.sampled_BT & (own.turn_BT > 1), logp_BT=own.logp_BT * (own.turn_BT > 1))
+
+
+def learner_world():
+    return world("chat", model__layers=1, model__tied=False)
+
+
+def probed(net):
+    """The network with a probe (B, T, V) added to its logits: its gradient says where the losses touch the network."""
+
+    def heads(params, x_BTD):
+        out = net.heads(params, x_BTD)
+        return out.replace(logits_BTV=out.logits_BTV + params["probe_BTV"])
+
+    def apart(f):
+        return lambda params, *args: f({k: v for k, v in params.items() if k != "probe_BTV"}, *args)
+
+    return net._replace(trunk=apart(net.trunk), heads=lambda p, x: heads(p, x) if "probe_BTV" in p else net.heads(p, x))
+
+
+@functools.cache
+def compiled(rl: bool, probe: bool, micro_batch: int):
+    """The update with the weights as an argument, so that it is compiled once for all of them."""
+    w = learner_world()
+    net = probed(w.net) if probe else w.net
+    cfg = config_of(model__layers=1, model__tied=False, train__micro_batch=micro_batch)
+
+    def update(weights, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learner, "weights", lambda cfg, rl: weights)
+            return learner.make_update(net, w.protocol, cfg, optax.sgd(1.0), rl=rl)(*args)
+
+    return jax.jit(update)
+
+
+def gradient(real, imagined, *, rl=True, probe=False, target=None, micro_batch=0, **options):
+    """The gradient of one update, read off a step of plain descent, and the metrics; options are weights."""
+    w = learner_world()
+    weights = learner.weights(config_of(**options).loss, rl)
+    params = dict(w.params)
+    if probe:
+        rows = len(real.uid_B) + (len(imagined.uid_B) if imagined is not None else 0)
+        params["probe_BTV"] = jnp.zeros((rows, T, w.protocol.vocab_size))
+    state = learner.init_state(w.net._replace(init=lambda key: params), optax.sgd(1.0), jax.random.key(0))
+    state = state.replace(target=params | (target or {}), reference=noisy(params, 5, 0.05))
+    after, metrics = compiled(rl, probe, micro_batch)(weights, state, real, imagined, jax.random.key(0))
+    metrics = {name: np.array(pair) for name, pair in metrics.items()}
+    return jax.tree.map(lambda a, b: a - b, params, dict(after.params)), metrics
+
+
+def touched(g):
+    """bool (B, T): at which tokens the loss reached the network's logits."""
+    return np.asarray(jnp.any(g["probe_BTV"] != 0, axis=-1))
+
+
+def test_rule_1_the_user_is_learnt_from_real_user_tokens_only():
+    real, imagined = real_rows(), imagined_rows()
+    replayed = written(take(real, slice(7, 8)))  # a row in which our own network wrote the user's words too
+    real = jax.tree.map(lambda a, b: np.concatenate([a[:7], b]), real, replayed)
+    g, _ = gradient(real, imagined, probe=True, **ZERO | {"loss__user": 1.0})
+    expected_BT = np.concatenate([(real.author_BT == pr.USER) & ~real.sampled_BT, np.zeros((B, T), bool)])
+    assert (touched(g) == expected_BT).all() and expected_BT.sum() > 10 and (imagined.author_BT == pr.USER).sum() > 10
+    other, _ = gradient(real, imagined_rows(seed=7), probe=True, **ZERO | {"loss__user": 1.0})
+    assert largest_difference(g, other) == 0
+
+
+def test_rule_2_the_policy_gradient_touches_the_assistants_tokens_only():
+    real, imagined = real_rows(), imagined_rows()
+    g, _ = gradient(real, imagined, probe=True, **ZERO | POLICY)
+    author_BT = np.concatenate([real.author_BT, imagined.author_BT])
+    assert not (touched(g) & (author_BT != pr.ASSISTANT)).any()
+    assert (touched(g) & (author_BT == pr.ASSISTANT)).sum() > 10
+    assert touched(g)[:B].any() and touched(g)[B:].any()
+
+
+def test_the_policy_gradient_of_imagined_rows_leaves_their_prompts_alone():
+    real, imagined = real_rows(), imagined_rows()
+    imagined = imagined.replace(sampled_BT=imagined.sampled_BT & (imagined.turn_BT > 2))
+    options = ZERO | {"loss__policy_imagined": 1.0}
+    before_BT = np.concatenate([np.ones((B, T), bool), imagined.turn_BT <= 2])
+    g, _ = gradient(real, imagined, probe=True, **options)
+    assert touched(g).any() and not (touched(g) & before_BT).any()
+    g, _ = gradient(real, imagined, probe=True, **ZERO | {"loss__policy_real": 1.0})
+    assert touched(g)[:B].any() and not touched(g)[B:].any()
+
+
+def test_rule_3_how_predictable_the_user_is_never_enters_the_reward():
+    w, real, imagined = learner_world(), real_rows(), imagined_rows()
+    plain, metrics = gradient(real, imagined)
+    shift_BT = np.random.default_rng(3).normal(size=(B, T)).astype(np.float32) * 3
+    user_BT = imagined.author_BT == pr.USER
+    foreseen = imagined.replace(logp_BT=imagined.logp_BT + np.where(user_BT, shift_BT, 0).astype(np.float32))
+    after, changed = gradient(real, foreseen)
+    assert largest_difference(plain, after) == 0 and metrics.keys() == changed.keys()
+    assert all((metrics[name] == changed[name]).all() for name in metrics)
+    # A slow critic that finds other words likely, everything else equal: the same rewards, returns and advantages.
+    after, changed = gradient(real, imagined, target={"unembed_DV": noisy(w.params["unembed_DV"], 8, 1.0)})
+    assert largest_difference(plain, after) == 0
+    assert all((metrics[name] == changed[name]).all() for name in metrics)
+    assert abs(metrics["imagined/reward"][0]) > 0.01
+
+
+def test_gradient_accumulation_equals_the_whole_batch():
+    real, imagined = real_rows(), imagined_rows()
+    whole, metrics = gradient(real, imagined)
+    for rows in (2, 3):  # 3 does not divide 16 rows: one at a time
+        parts, same = gradient(real, imagined, micro_batch=rows)
+        assert largest_difference(whole, parts) < 1e-5
+        assert all(np.allclose(metrics[name], same[name], rtol=1e-4, atol=1e-5) for name in metrics)
+    assert norm(whole) > 0.1
+
+
+@pytest.mark.parametrize("rl", [False, True])
+def test_padding_changes_nothing(rl):
+    real, imagined = real_rows(), imagined_rows() if rl else None
+
+    def widen(x):
+        return np.pad(x, ((0, 0), (0, 8)), constant_values=pr.END if x.dtype == np.int8 else 0) if x.shape == (B, T) else x
+
+    def parsed(d):
+        return d.replace(turn_BT=np.asarray(pr.parse(learner_world().protocol, d.token_BT)[1]))
+
+    wide = [d if d is None else parsed(jax.tree.map(widen, d)) for d in (real, imagined)]
+    a, metrics = gradient(real, imagined, rl=rl)
+    b, same = gradient(*wide, rl=rl)
+    assert largest_difference(a, b) < 1e-5
+    assert all(np.allclose(metrics[name], same[name], rtol=1e-4, atol=1e-5) for name in metrics)
+
+
+@pytest.mark.parametrize("rl", [False, True])
+def test_components_are_normalised_by_their_own_global_count(rl):
+    """A batch with every row twice has twice the counts and the same gradient; so has one of which one half is longer."""
+    real, imagined = real_rows(), imagined_rows() if rl else None
+    twice = [d if d is None else take(d, np.repeat(np.arange(B), 2)) for d in (real, imagined)]
+    a, metrics = gradient(real, imagined, rl=rl)
+    b, double = gradient(*twice, rl=rl)
+    assert largest_difference(a, b) < 1e-5
+    for name in (name for name in metrics if name.startswith("loss/")):
+        np.testing.assert_allclose(double[name], 2 * metrics[name], rtol=1e-4, atol=1e-4)
+    if rl:
+        # Imagined rows count among themselves.
+        only = ZERO | {"loss__policy_imagined": 1.0}
+        c, d = (gradient(x, y, **only)[0] for x, y in ((real, imagined), (twice[0], imagined)))
+        assert largest_difference(c, d) < 1e-5
+
+
+def test_counts_are_those_of_the_dialogues():
+    w = learner_world()
+    rows = ["bos a >u b c >a d >u e >a f >u stop", "bos a >a b >u c"]
+    real = dialogue(w.protocol, rows, T=T, reward=[[1.0, 2.0], [3.0]])
+    _, metrics = gradient(real, None, rl=False)
+    counts = {name: float(pair[1]) for name, pair in metrics.items() if name.startswith("loss/")}
+    expected = {"user": 7, "outcome": 0, "assistant": 6, "value": 2, "reward": 2, "end": 2}
+    assert counts == {f"loss/{name}": count for name, count in expected.items()}
+    nll = -jax.nn.log_softmax(w.net.forward(w.params, real.token_BT).logits_BTV)[:, :-1]
+    nll_BT = np.take_along_axis(np.asarray(nll), real.token_BT[:, 1:, None], axis=-1)[..., 0]
+    for name, role in (("user", pr.USER), ("assistant", pr.ASSISTANT)):
+        np.testing.assert_allclose(metrics[f"loss/{name}"][0], nll_BT[real.author_BT[:, 1:] == role].sum(), rtol=1e-5)
+
+
+def test_weights_scale_each_component_once():
+    real, imagined = real_rows(), imagined_rows()
+    names = [name for name in ZERO if name != "loss__outcome"]
+    parts = [gradient(real, imagined, **ZERO | {name: 1.0})[0] for name in names]
+    weights = {name: 0.5 + 0.25 * i for i, name in enumerate(names)}
+    expected = jax.tree.map(lambda *x: sum(w * y for w, y in zip(weights.values(), x, strict=True)), *parts)
+    assert largest_difference(gradient(real, imagined, **ZERO | weights)[0], expected) < 1e-4
+    assert all(norm(part) > 1e-3 for part in parts)
+
+
+def test_weights_are_those_of_the_config():
+    loss = config_of(loss__policy_imagined=0.3, loss__assistant=0.2, loss__kl=0.7, loss__end=0.05).loss
+    both = {"user": 1.0, "outcome": 1.0, "value": 0.5, "reward": 0.5, "end": 0.05}
+    assert learner.weights(loss, rl=False) == both | {"assistant": 1.0}
+    policy = {"policy_real": 1.0, "policy_imagined": 0.3, "kl": 0.7, "entropy": 0.0}
+    assert learner.weights(loss, rl=True) == both | {"assistant": 0.2} | policy
+
+
+@pytest.mark.parametrize("rl", [False, True])
+def test_losses_masks_and_weights_have_the_same_names(rl, monkeypatch):
+    w, real, imagined = learner_world(), real_rows(), imagined_rows()
+    masks = learner.masks(w.protocol, real, find_turns(w.protocol, real), jnp.zeros(B, bool), rl)
+    assert set(masks) == set(learner.weights(w.cfg.loss, rl))
+    state = learner.init_state(w.net, optax.sgd(1.0), jax.random.key(0))
+    missing = {name: weight for name, weight in learner.weights(w.cfg.loss, rl).items() if name != "user"}
+    monkeypatch.setattr(learner, "weights", lambda cfg, rl: missing)
+    with pytest.raises(AssertionError, match="do not match"):
+        jax.eval_shape(
+            learner.make_update(w.net, w.protocol, w.cfg, optax.sgd(1.0), rl=rl), state, real, imagined, jax.random.key(0)
+        )
+
+
+def test_masked_sum_ignores_whatever_stands_outside_the_mask():
+    assert learner.masked_sum(jnp.array([1.0, jnp.nan, jnp.inf, 4.0]), jnp.array([True, False, False, True])) == 5
+    with pytest.raises(AssertionError):
+        learner.masked_sum(jnp.ones((2, 1)), jnp.ones((2, 3), bool))
+
+
+def test_begin_rl_freezes_copies_of_the_policy():
+    w = learner_world()
+    state = learner.init_state(w.net, optax.adam(1e-2), jax.random.key(0)).replace(params=w.params)
+    assert largest_difference(state.reference, w.params) > 0.1 and largest_difference(state.target, w.params) > 0.1
+    begun = learner.begin_rl(state)
+    for tree in (begun.params, begun.target, begun.reference):
+        assert largest_difference(tree, w.params) == 0
+    leaves = jax.tree.leaves((begun.params, begun.target, begun.reference))
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)  # a donated state must not hold an array twice
+    assert begun.step == state.step and largest_difference(begun.opt_state, state.opt_state) == 0
+
+
+def test_the_target_follows_and_the_reference_stays():
+    w = learner_world()
+    update = jax.jit(learner.make_update(w.net, w.protocol, w.cfg, optax.sgd(0.1), rl=True))
+    state = learner.init_state(w.net._replace(init=lambda key: w.params), optax.sgd(0.1), jax.random.key(0))
+    after, _ = update(state, real_rows(), imagined_rows(), jax.random.key(0))
+    decay = w.cfg.returns.target_decay
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, w.params, after.params)
+    assert largest_difference(after.target, expected) < 1e-6 and largest_difference(after.params, w.params) > 1e-3
+    assert largest_difference(after.reference, w.params) == 0 and after.step == 1
+
+
+def test_golden_first_step():
+    stored = json.loads(golden.FILE.read_text())
+    found = golden.first_steps()
+    assert stored.keys() == found.keys(), golden.MESSAGE
+    wrong = {k: (stored[k], found[k]) for k in stored if not np.isclose(stored[k], found[k], rtol=1e-4, atol=1e-4)}
+    assert not wrong, f"{golden.MESSAGE}\n(stored, found): {wrong}"
