@@ -44,6 +44,7 @@ def main(run: app.Run):
         return
     cfg, began = run.config, time.monotonic()
     mesh = sharding.make_mesh(cfg.mesh)
+    app.say(f"reading {cfg.data}")
     corpus = load_corpus(cfg, run.workdir)
     protocol, tokenizer = corpus.protocol, corpus.tokenizer
     net = nn.make_net(cfg.model, protocol.vocab_size)
@@ -51,7 +52,8 @@ def main(run: app.Run):
     seed = jax.random.key(cfg.seed)
 
     # What is compiled: the start, the two updates, imagination. Real dialogues with the true user are written turn by turn.
-    init = pjit(functools.partial(learner.init_state, net, optimizer), mesh)
+    init_state = functools.partial(learner.init_state, net, optimizer)
+    init = pjit(init_state, mesh)
     begin_rl = pjit(learner.begin_rl, mesh, donate=(0,))
     by_likelihood = learner.compile_update(net, protocol, cfg, optimizer, mesh, rl=False)
     by_return = learner.compile_update(net, protocol, cfg, optimizer, mesh, rl=True)
@@ -60,7 +62,8 @@ def main(run: app.Run):
 
     # Who it is judged by: held-out recordings, and someone that nothing was trained on.
     heldout = Heldout(net, protocol, tokenizer, mesh, corpus.val)
-    judge = make_judge(cfg, net, corpus, mesh)
+    app.say("getting ready to judge")
+    judge = make_judge(cfg, net, corpus, mesh, run.workdir)
 
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
@@ -97,7 +100,7 @@ def main(run: app.Run):
         if start is None:
             state = init(seed)
         else:
-            shapes = sharding.abstract(jax.eval_shape(init, seed), mesh)
+            shapes = sharding.abstract(jax.eval_shape(init_state, seed), mesh)
             start, state, arrays, meta = checkpoints.restore(shapes, replay.arrays())
             replay.load(arrays)
             before_s = meta["wall_s"]

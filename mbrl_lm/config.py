@@ -185,6 +185,7 @@ NEGOTIATION = {
     "train.supervised_steps": 900,
     "train.rl_steps": 100,
     "train.rl_learning_rate": 2e-4,
+    "partner.share": 0.1,
 }
 PAPER = NEGOTIATION | {  # about an hour on two cores
     "model.width": 160,
@@ -195,7 +196,6 @@ PAPER = NEGOTIATION | {  # about an hour on two cores
     "train.weight_decay": 0.05,
     "train.supervised_steps": 3200,
     "train.rl_steps": 150,
-    "partner.share": 0.1,
     "eval.every": 400,
 }
 NO_RL = {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0, "eval.dialogues": 0, "eval.final_dialogues": 0}
@@ -207,6 +207,7 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "train.supervised_steps": 1000,
 }
 CONCIERGE = {
+    "logs": 16000,
     "tokens": 160,
     "turns": 9,
     "turn_tokens": 24,
@@ -214,14 +215,16 @@ CONCIERGE = {
     "model.layers": 3,
     "model.mlp_width": 256,
     "model.kv_heads": 4,
-    "train.supervised_steps": 2000,
-    "train.rl_steps": 300,
+    "loss.kl": 0.03,
+    "train.supervised_steps": 1500,
+    "train.rl_steps": 400,
+    "train.rl_learning_rate": 5e-4,
     "train.batch": 16,
     "imagine.reward": "learned",
     "eval.every": 250,
 }
 PRESETS = {
-    "concierge": {"default": CONCIERGE, "tiny": CONCIERGE | TINY | {"tokens": 160, "widths": (80,)}},
+    "concierge": {"default": CONCIERGE, "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 160, "widths": (80,)}},
     "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
     **{name: {"default": CHAT, "tiny": CHAT | TINY | NO_RL} for name in ("multiwoz", "sgd", "chat_jsonl")},
 }

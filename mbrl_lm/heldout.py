@@ -67,8 +67,9 @@ class Heldout:
         both = list(SPEAKERS.values())
         figures = {"word_ppl": np.exp(nll_RU[both].sum() / words_RU[both].sum())}
         for name, role in SPEAKERS.items():
-            figures[f"{name}_nll"] = nll_RU[role].sum() / tokens_RU[role].sum()
-            figures[f"{name}_word_ppl"] = np.exp(nll_RU[role].sum() / words_RU[role].sum())
+            if tokens_RU[role].sum():
+                figures[f"{name}_nll"] = nll_RU[role].sum() / tokens_RU[role].sum()
+                figures[f"{name}_word_ppl"] = np.exp(nll_RU[role].sum() / words_RU[role].sum())
         for u in range(1, TURNS_SHOWN + 1):
             if words_RU[both, u].sum():
                 figures[f"word_ppl/turn_{u}"] = np.exp(nll_RU[both, u].sum() / words_RU[both, u].sum())

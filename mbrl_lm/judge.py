@@ -8,7 +8,9 @@ gives the three that need no true reward for an imagined user:
 u^ is the imagined user, u* the true one, r^ the reward that imagination is trained on, r* the true one.
 """
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from mbrl_lm import config, learner, nn, rollout, value
 from mbrl_lm import protocol as pr
+from mbrl_lm.checkpoint import Checkpoints
 from mbrl_lm.data.batches import batches, chunks
 from mbrl_lm.data.builders.deal_or_no_deal import scenario_key
 from mbrl_lm.data.corpus import Corpus
@@ -25,7 +28,7 @@ from mbrl_lm.envs.concierge import TEST_UIDS, mean_interval
 from mbrl_lm.envs.negotiation import GREEDY, Table, summary
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.reward import REWARDS
-from mbrl_lm.sharding import pjit
+from mbrl_lm.sharding import abstract, pjit
 from mbrl_lm.turns import find_turns
 from mbrl_lm.types import Array, Dialogue, Params, TrainState
 
@@ -43,12 +46,12 @@ class Judge(Protocol):
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict: ...
 
 
-def make_judge(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh) -> Judge | None:
+def make_judge(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, workdir: pathlib.Path) -> Judge | None:
     """The judge of a data set; None where there is nobody to talk to, only recordings."""
     judges: dict[str, Callable[..., Judge]] = {"concierge": ConciergeJudge, "deal_or_no_deal": PartnerJudge}
     if cfg.data not in judges:
         return None
-    return judges[cfg.data](cfg, net, corpus, mesh)
+    return judges[cfg.data](cfg, net, corpus, mesh, workdir)
 
 
 class Imagination:
@@ -100,7 +103,7 @@ class ConciergeJudge:
 
     ROWS = 64
 
-    def __init__(self, cfg, net, corpus: Corpus, mesh):
+    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path):
         self._cfg = cfg
         self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
@@ -109,13 +112,14 @@ class ConciergeJudge:
         """Success, return and its components, per user type, with 95 % intervals; the gap."""
         uids, temperature = TEST_UIDS[:dialogues], self._cfg.eval.temperature
         real, outcomes = self._user.play(params, key, uids, "test", temperature)
-        column = {name: np.array([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
+        told = ("left", "hallucinated", "injected", "turns", "asked")
+        components = ("outcome", "turn_cost", "hallucination", "injection")  # none where the first turn ran out of tokens
+        names = ("success", "type", *told, *components)
+        column = {name: np.array([outcome.get(name, 0.0) for outcome in outcomes]) for name in names}
         figures = {}
         figures["true/success"], figures["true/success_low"], figures["true/success_high"] = mean_interval(column["success"])
         for kind in np.unique(column["type"]):
             figures[f"true/success/{kind}"] = float(column["success"][column["type"] == kind].mean())
-        told = ("left", "hallucinated", "injected", "turns", "asked")
-        components = ("outcome", "turn_cost", "hallucination", "injection")
         figures |= {f"true/{name}": column[name].mean() for name in told + components}
         if self._imagination:
             temperature_R = np.ones(len(pr.ROLES), np.float32)
@@ -133,10 +137,10 @@ class PartnerJudge:
 
     ROWS = 64
 
-    def __init__(self, cfg, net, corpus: Corpus, mesh):
+    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path):
         self._cfg = cfg
         self._partner_net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
-        self._partner = fit_by_likelihood(cfg, self._partner_net, corpus, mesh).params
+        self._partner = fit_partner(cfg, self._partner_net, corpus, mesh, workdir / "partner")
         known = {scenario_key(r.numbers, r.partner_numbers): (r.numbers, r.partner_numbers) for r in corpus.val_records}
         scenarios = [known[key] for key in sorted(known)]
         self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS)
@@ -155,18 +159,27 @@ class PartnerJudge:
         return Verdict(figures, real)
 
 
-def fit_by_likelihood(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh) -> TrainState:
-    """A model of both speakers, fitted to `corpus.others` by likelihood alone, with a seed of its own.
+def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory: pathlib.Path) -> Params:
+    """A model of both speakers, fitted to `corpus.others` by likelihood alone, with a seed of its own; kept in `directory`.
 
-    A function of the config: an interrupted run fits it again, to the same bits.
+    A function of the config: fitted again after an interruption, it is the same to the bit.
     """
-    train = config.Train(**{**cfg.train.__dict__, "supervised_steps": cfg.partner.steps})
-    own = config.override(config.Config(**cfg.__dict__), {"model": cfg.partner.model, "train": train})
+    train = dataclasses.replace(cfg.train, supervised_steps=cfg.partner.steps)
+    own = dataclasses.replace(cfg, model=cfg.partner.model, train=train)
     optimizer = learner.make_optimizer(train)
     key = jax.random.fold_in(jax.random.key(cfg.seed), np.uint32(2**31))
-    state = pjit(functools.partial(learner.init_state, net, optimizer), mesh)(key)
-    update = learner.compile_update(net, corpus.protocol, own, optimizer, mesh, rl=False)
-    batch_at = batches(corpus.others, cfg.seed + 1, train.batch, cfg.widths)
-    for step in range(cfg.partner.steps):
+    init = functools.partial(learner.init_state, net, optimizer)
+    with Checkpoints(directory, keep=1) as kept:
+        if kept.latest() is not None:
+            return kept.restore(abstract(jax.eval_shape(init, key), mesh), {})[1].params
+        state = _fit(own, net, corpus, mesh, optimizer, pjit(init, mesh)(key), key)
+        kept.save(cfg.partner.steps, state, {}, {})
+    return state.params
+
+
+def _fit(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, optimizer, state: TrainState, key: Array) -> TrainState:
+    update = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
+    batch_at = batches(corpus.others, cfg.seed + 1, cfg.train.batch, cfg.widths)
+    for step in range(cfg.train.supervised_steps):
         state, _ = update(state, batch_at(step), None, jax.random.fold_in(key, step))
     return state

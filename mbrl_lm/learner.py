@@ -39,16 +39,17 @@ class Batch:
 
 
 def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
-    """AdamW with warm-up; the likelihood phase ends in a cosine decay, RL goes on at its own constant rate."""
-    warm = min(cfg.warmup, max(cfg.supervised_steps, 1))
-    supervised = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, warm, max(cfg.supervised_steps, warm + 1), end_value=0.05 * cfg.learning_rate
-    )
-    rl = optax.constant_schedule(cfg.rl_learning_rate)
-    schedule = optax.join_schedules([supervised, rl], [cfg.supervised_steps]) if cfg.supervised_steps else rl
+    """AdamW; the rate warms up, falls along a cosine to that of RL, and along another one to a tenth of it."""
+    rl = optax.cosine_decay_schedule(cfg.rl_learning_rate, max(cfg.rl_steps, 1), alpha=0.1)
+    if cfg.supervised_steps:
+        warm = min(cfg.warmup, cfg.supervised_steps - 1)
+        supervised = optax.warmup_cosine_decay_schedule(
+            0.0, cfg.learning_rate, warm, cfg.supervised_steps, end_value=cfg.rl_learning_rate
+        )
+        rl = optax.join_schedules([supervised, rl], [cfg.supervised_steps])
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=cfg.weight_decay, mask=_decays),
+        optax.adamw(rl, b2=0.98, weight_decay=cfg.weight_decay, mask=_decays),
     )
 
 

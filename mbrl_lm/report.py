@@ -36,7 +36,7 @@ def headline(workdir: pathlib.Path, figures: Mapping[str, float]) -> str:
 
     def since(name: str) -> str:
         first = next((row for row in rows if row.get(name) is not None), None)
-        return f"{figures[name]:.3f} (at update {first['step']}: {first[name]:.3f})"
+        return f"{figures[name]:.3f}" + (f" (at update {first['step']}: {first[name]:.3f})" if first else "")
 
     lines = []
     for name, meaning in HEADLINE.items():

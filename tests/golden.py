@@ -19,6 +19,8 @@ found a mistake. If you did, say in the commit what changed and why the new numb
 def first_steps() -> dict[str, float]:
     """Losses, gradient norms and sizes of parameters over two updates by likelihood and one by return."""
     cfg = config_of(model__layers=1, train__supervised_steps=2, imagine__replies=2)
+    # Large, so that every part of the optimiser shows in the fourth digit.
+    cfg.train.learning_rate, cfg.train.rl_learning_rate, cfg.train.weight_decay = 1e-2, 1e-2, 0.3
     w = world("chat", model__layers=1)
     optimizer = learner.make_optimizer(cfg.train)
     real = random_dialogues(w.protocol, 4, cfg.train.batch, cfg.tokens, cfg.turns)

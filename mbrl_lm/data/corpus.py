@@ -7,7 +7,7 @@ import pathlib
 from mbrl_lm import config, tokenizer
 from mbrl_lm.data import DATASETS, load
 from mbrl_lm.data.encode import encode
-from mbrl_lm.data.records import Record, hold_out
+from mbrl_lm.data.records import DataError, Record, hold_out
 from mbrl_lm.envs.concierge import logs
 from mbrl_lm.metrics import write_atomic
 from mbrl_lm.protocol import Protocol, make_protocol
@@ -54,6 +54,9 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
     kind = DATASETS[cfg.data].kind
     protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens)
     if kind == "negotiation":
+        known = {record.scenario for record in train} & {record.scenario for record in val}
+        if known:
+            raise DataError(f"{data_dir}: the scenario {min(known)!r} is in train.txt and in val.txt: move it to one side")
         train, others = hold_out(train, cfg.partner.share)
 
     def tokens(records):

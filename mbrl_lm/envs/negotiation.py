@@ -105,7 +105,8 @@ class Table:
             ours, theirs = self.openings(index)
             ours, theirs = jax.device_get(self._talk(params, partner_params, ours, theirs, temperature_R, key))
             figures = settle(ours, theirs)
-            figures["turns"] = ours.turn_BT.max(axis=1, where=ours.author_BT != pr.END, initial=0)
+            spoken_BT = np.isin(ours.author_BT, (pr.ASSISTANT, pr.USER))  # the outcome is no turn
+            figures["turns"] = ours.turn_BT.max(axis=1, where=spoken_BT, initial=0)
             kept = index < dialogues
             results.append({name: x[kept] for name, x in figures.items()})
             seen.append(jax.tree.map(lambda x, k=kept: x[k], ours))

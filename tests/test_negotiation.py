@@ -1,0 +1,139 @@
+"""Negotiations between two models: what a pair of transcripts is worth, who sits where, and the two views of one talk."""
+
+import jax
+import numpy as np
+import pytest
+from fakes import follows, one_device, table_net
+from tiny import config_of, dialogue, tokens, world
+
+from mbrl_lm import config
+from mbrl_lm import protocol as pr
+from mbrl_lm.envs.negotiation import Table, prompts, settle, summary
+
+PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
+SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
+KEY = jax.random.key(3)
+
+
+def pairs(*shares, scenario=SCENARIOS[0]):
+    """Both views of dialogues that end with these outcomes."""
+    ours, theirs = (" ".join(map(str, numbers)) for numbers in scenario)
+    rows_a = [f"bos {ours} >a a >u b >o {a}" for a, _ in shares]
+    rows_b = [f"bos {theirs} >u a >a b >o {b}" for _, b in shares]
+    return dialogue(PROTOCOL, rows_a), dialogue(PROTOCOL, rows_b)
+
+
+# ---- the result ----
+
+
+def test_a_deal_needs_two_shares_that_add_up():
+    told = settle(*pairs(
+        ("1 0 1 stop", "0 4 0 stop"),  # 1 x 4 + 1 x 2, and 4 x 2
+        ("1 0 1 stop", "0 3 0 stop"),  # one hat is left over
+        ("1 4 1 stop", "0 4 0 stop"),  # both want the hats
+        ("none stop", "none stop"),
+        ("1 0 1 stop", "none stop"),
+        ("1 0 stop", "0 4 1 stop"),  # malformed
+        ("1 0 1", "0 4 0 stop"),  # cut short
+        ("0 4 0 stop", "1 0 1 stop"),
+    ))  # fmt: skip
+    assert told["agreed"].tolist() == [True] + [False] * 6 + [True]
+    assert told["score_a"].tolist() == [6, 0, 0, 0, 0, 0, 0, 4]
+    assert told["score_b"].tolist() == [8, 0, 0, 0, 0, 0, 0, 2]
+    assert told["pareto"].tolist() == [True] + [False] * 7  # the last one is worse for both than the first
+
+
+def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as_good_for_the_other():
+    # Items a, b, c are worth 4, 1, 2 to us and 0, 2, 2 to them: only the first is theirs for nothing.
+    shares = ("1 1 1 stop", "0 3 0 stop"), ("0 0 1 stop", "1 4 0 stop"), ("1 4 1 stop", "0 0 0 stop"), ("1 0 0 stop", "0 4 1 stop")
+    told = settle(*pairs(*shares))
+    assert told["score_a"].tolist() == [7, 2, 10, 4] and told["score_b"].tolist() == [6, 8, 0, 10]
+    assert told["pareto"].tolist() == [True, False, True, True]
+
+
+# ---- the openings ----
+
+
+def table(net=None, partner=None, cfg=None, rows=4):
+    return Table(cfg or config_of(), PROTOCOL, net, partner, one_device(), SCENARIOS, rows)
+
+
+def test_every_scenario_is_played_four_ways():
+    ours, theirs = table().openings(np.arange(13))
+    seen = {}
+    for b in range(12):
+        sides = tuple(tuple((d.token_BT[b, 1:7] - pr.NUMBER).tolist()) for d in (ours, theirs))
+        speaker = {pr.TO_ASSISTANT: "we", pr.TO_USER: "they"}[int(ours.token_BT[b, 7])]
+        assert theirs.token_BT[b, 7] == PROTOCOL.mirror_V[ours.token_BT[b, 7]]
+        assert sides in (SCENARIOS[b % 3], SCENARIOS[b % 3][::-1])
+        seen.setdefault(b % 3, []).append((sides == SCENARIOS[b % 3], speaker))
+    ways = [(seat, speaker) for seat in (False, True) for speaker in ("they", "we")]
+    assert sorted(seen[0]) == sorted(seen[1]) == ways
+    assert (ours.token_BT[12] == ours.token_BT[0]).all()  # and then again
+    assert ours.uid_B.tolist() == theirs.uid_B.tolist() == list(range(13))
+    for side in (ours, theirs):
+        assert (side.token_BT[:, 0] == pr.BOS).all() and side.token_BT.shape == (13, 8)
+        assert (side.author_BT == pr.CONTEXT).all() and not side.turn_BT.any()
+
+
+def test_a_negotiation_that_cannot_open_is_refused():
+    with pytest.raises(config.ConfigError, match="raise --config.tokens=7"):
+        prompts([SCENARIOS[0][0]], [pr.USER], 7, 2)
+
+
+# ---- the talk ----
+
+
+def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle():
+    ours, theirs = world("negotiation", seed=1), world("negotiation", seed=5, model__layers=1, model__width=8)
+    sat = table(ours.net, theirs.net)
+    views = []
+    talk = sat._talk
+    sat._talk = lambda *args: views.append(talk(*args)) or views[-1]
+    figures, dialogues = sat.play(ours.params, theirs.params, KEY, 10, 1.0)
+    assert len(views) == 3 and all(len(x) == 10 for x in figures.values())
+    a, b = (jax.tree.map(lambda *x: np.concatenate(x), *side) for side in zip(*jax.device_get(views), strict=True))
+    assert (a.token_BT[:10] == dialogues.token_BT).all()  # as the policy saw them
+    said = (a.author_BT == pr.ASSISTANT) | (a.author_BT == pr.USER)
+    assert (b.token_BT[said] == PROTOCOL.mirror_V[a.token_BT[said]]).all()
+    mirrored = {pr.ASSISTANT: pr.USER, pr.USER: pr.ASSISTANT}
+    assert (b.author_BT[said] == np.vectorize(mirrored.get)(a.author_BT[said])).all()
+    for view in (a, b):
+        author_BT, turn_BT = map(np.asarray, pr.parse(PROTOCOL, view.token_BT))
+        assert (author_BT == view.author_BT).all() and (turn_BT == view.turn_BT).all()
+    again = settle(a, b)
+    assert all((figures[name] == again[name][:10]).all() for name in again)
+    turns = [len(np.unique(a.turn_BT[b][said[b]])) for b in range(10)]
+    assert figures["turns"].tolist() == turns and len(set(turns)) > 1
+    assert len({row.tobytes() for row in dialogues.token_BT}) == 10
+
+
+def test_the_partner_plays_with_its_own_network():
+    # We say a and hand over; the partner says b and calls for the outcome; then each writes its own share.
+    chains = "1 2 3", "1 2 0"
+    params = []
+    for word, then, share in (("a", ">u", chains[0]), ("b", ">o", chains[1])):
+        said = [*tokens(f">o {share}"), pr.STOP]
+        after = dict(zip(said[:-1], said[1:], strict=True)) | {pr.TO_ASSISTANT: tokens(word)[0]}
+        params.append(follows(27, after | {tokens(word)[0]: tokens(then)[0]}))
+    scenario = (2, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1)
+    sat = Table(config_of(), PROTOCOL, table_net(), table_net(), one_device(), [scenario], 4)
+    figures, dialogues = sat.play(*params, KEY, 4, 0.5)
+    numbers = " ".join(map(str, scenario[0]))
+    we_begin, they_begin = f"bos {numbers} >a a >u b >o 1 2 3 stop", f"bos {numbers} >u b >o 1 2 3 stop"
+    expected = dialogue(PROTOCOL, [they_begin, we_begin, we_begin, they_begin])
+    assert (dialogues.token_BT == expected.token_BT).all() and dialogues.ended_B.all()
+    assert figures["score_a"].tolist() == [6] * 4 and figures["score_b"].tolist() == [3] * 4
+    assert figures["turns"].tolist() == [1, 2, 2, 1]
+
+
+def test_summary():
+    told = summary({
+        "score_a": np.array([6, 0, 4, 0]), "score_b": np.array([8, 0, 2, 0]), "agreed": np.array([True, False, True, False]),
+        "pareto": np.array([True, False, False, False]), "turns": np.array([2, 5, 4, 5]),
+    })  # fmt: skip
+    assert told == {
+        "score_a": 2.5, "score_b": 2.5, "score_a_agreed": 5, "score_b_agreed": 5, "agreed": 50, "pareto": 50, "turns": 4,
+    }  # fmt: skip
+    none = {"score_a": np.zeros(2), "score_b": np.zeros(2), "agreed": np.zeros(2, bool), "pareto": np.zeros(2, bool)}
+    assert summary(none | {"turns": np.ones(2)})["score_a_agreed"] == 0
