@@ -12,7 +12,6 @@ setup(
         "array-record",  # the record files of tensorflow-datasets, readable without TensorFlow
         "chex",
         "flax",
-        "grain",  # shuffling as a pure function of (seed, step)
         "jax>=0.10",
         "matplotlib",
         "ml-collections",  # --config.a.b=v flags from dataclasses

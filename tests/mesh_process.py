@@ -1,4 +1,4 @@
-"""Runs three updates and imagination on each mesh of argv[1] and writes the numbers; started by test_sharding.py."""
+"""Runs both updates and imagination on the mesh argv[1], three steps each, and writes numbers; for test_sharding.py."""
 
 import json
 import sys
@@ -70,4 +70,4 @@ def on_mesh(sizes: list[int]) -> dict:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({name: on_mesh(sizes) for name, sizes in json.loads(sys.argv[1]).items()}) + "\n")
+    sys.stdout.write(json.dumps(on_mesh(json.loads(sys.argv[1]))) + "\n")

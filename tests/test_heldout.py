@@ -93,7 +93,7 @@ def test_perplexity_per_word_by_role_and_by_turn():
 def test_dialogues_that_fill_the_last_chunk_count_nothing():
     rows = ["bos e >u a b >a c >u d stop", "bos f >u a >a", "bos f >u d >a a >u b >a c c >u a stop"]
     params = follows(VOCAB, {tokens("d")[0]: pr.STOP})
-    whole, filled = figures(rows, params, rows=3), figures(rows, params, rows=2)
+    whole, filled = figures(rows * 2, params, rows=6), figures(rows, params, rows=2)
     assert whole.keys() == filled.keys()
     assert all(filled[name] == pytest.approx(whole[name], rel=1e-6) for name in whole)
 
@@ -136,27 +136,29 @@ def test_without_memory_imagined_turns_change_nothing():
     horizons = [k for k in (1, 2, 4) if f"user_nll/val/open_loop_{k}" in told]
     assert 1 in horizons
     for k in horizons:
-        assert told[f"user_nll/val/open_loop_{k}"] == told[f"user_nll/val/open_loop_{k}_real"] == pytest.approx(np.log(VOCAB))
+        assert told[f"user_nll/val/open_loop_{k}"] == pytest.approx(np.log(VOCAB))
+        assert told[f"user_nll/val/open_loop_{k}"] == told[f"user_nll/val/open_loop_{k}_real"]
         assert told[f"user_word_ppl/val/open_loop_{k}"] == told[f"user_word_ppl/val/open_loop_{k}_real"]
 
 
 def test_the_real_turn_is_scored_after_the_imagined_one():
-    # The network hands over with >u after g, and a real turn b follows: it expects a after >u, and is sure of what follows.
-    a, b, g = tokens("a b g")
-    params = follows(VOCAB, {pr.TO_ASSISTANT: g, g: pr.TO_USER, pr.TO_USER: b, b: pr.STOP})
+    # In the place of c >u the network writes d g f >u; it is sure of the real turn b stop that follows.
+    a, b, d, g, f = tokens("a b d g f")
+    said = {pr.TO_ASSISTANT: d, d: g, g: f, f: pr.TO_USER, b: pr.STOP}
+    params = follows(VOCAB, said | {pr.TO_USER: b})
     told = open_loop(["bos e >u a >a c >u b stop"], params)
     assert told["user_nll/val/open_loop_1"] == pytest.approx(0, abs=1e-5) == told["user_nll/val/open_loop_1_real"]
     assert told["user_word_ppl/val/open_loop_1"] == pytest.approx(1)
-    # A network that remembers one token is surprised by the real turn exactly as after the real history: both end in >u.
-    params = follows(VOCAB, {pr.TO_ASSISTANT: g, g: pr.TO_USER, pr.TO_USER: a, b: pr.STOP})
+    params = follows(VOCAB, said | {pr.TO_USER: a})  # now b is a surprise
     told = open_loop(["bos e >u a >a c >u b stop"], params)
     assert told["user_nll/val/open_loop_1"] == pytest.approx(50 / 2, rel=1e-5)
 
 
 def test_rows_that_fill_a_chunk_and_rows_without_a_hidden_turn_count_nothing():
     params = follows(VOCAB, {pr.TO_ASSISTANT: tokens("g")[0], tokens("g")[0]: pr.TO_USER})
-    one = ["bos e >u a >a c >u b stop", "bos e >u a a >a c >u b b stop", "bos e >u a stop"]
-    told, filled = open_loop(one, params, rows=4), open_loop(one, params, rows=2)
-    assert told == pytest.approx(filled, rel=1e-6)
-    assert told["user_nll/val/open_loop_1"] == pytest.approx(np.log(VOCAB))
+    params["table"][pr.TO_USER, tokens("b")[0]] = 3.0  # so that turns differ in nats per token
+    said = ["bos e >u a stop", "bos e >u a >a c >u b stop", "bos e >u a a >a c >u c c c stop"]
+    told, without = open_loop(said, params, rows=2), open_loop(said[1:], params)
+    for name in ("user_nll/val/open_loop_1", "user_word_ppl/val/open_loop_1"):
+        assert told[name] == pytest.approx(without[name], rel=1e-6) and told[name] == told[f"{name}_real"]
     assert "user_nll/val/open_loop_4" not in told

@@ -35,20 +35,27 @@ def test_a_deal_needs_two_shares_that_add_up():
         ("1 0 1 stop", "none stop"),
         ("1 0 stop", "0 4 1 stop"),  # malformed
         ("1 0 1", "0 4 0 stop"),  # cut short
+        ("1 0 1 stop", "0 4 0"),
         ("0 4 0 stop", "1 0 1 stop"),
     ))  # fmt: skip
-    assert told["agreed"].tolist() == [True] + [False] * 6 + [True]
-    assert told["score_a"].tolist() == [6, 0, 0, 0, 0, 0, 0, 4]
-    assert told["score_b"].tolist() == [8, 0, 0, 0, 0, 0, 0, 2]
-    assert told["pareto"].tolist() == [True] + [False] * 7  # the last one is worse for both than the first
+    assert told["agreed"].tolist() == [True] + [False] * 7 + [True]
+    assert told["score_a"].tolist() == [6, 0, 0, 0, 0, 0, 0, 0, 4]
+    assert told["score_b"].tolist() == [8, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert told["pareto"].tolist() == [True] + [False] * 8  # the last one is worse for both than the first
 
 
 def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as_good_for_the_other():
     # Items a, b, c are worth 4, 1, 2 to us and 0, 2, 2 to them: only the first is theirs for nothing.
-    shares = ("1 1 1 stop", "0 3 0 stop"), ("0 0 1 stop", "1 4 0 stop"), ("1 4 1 stop", "0 0 0 stop"), ("1 0 0 stop", "0 4 1 stop")
+    shares = (
+        ("1 1 1 stop", "0 3 0 stop"),
+        ("0 0 1 stop", "1 4 0 stop"),
+        ("1 4 1 stop", "0 0 0 stop"),
+        ("1 0 0 stop", "0 4 1 stop"),
+        ("0 0 0 stop", "1 4 1 stop"),  # the one before is as good for them and better for us
+    )
     told = settle(*pairs(*shares))
-    assert told["score_a"].tolist() == [7, 2, 10, 4] and told["score_b"].tolist() == [6, 8, 0, 10]
-    assert told["pareto"].tolist() == [True, False, True, True]
+    assert told["score_a"].tolist() == [7, 2, 10, 4, 0] and told["score_b"].tolist() == [6, 8, 0, 10, 10]
+    assert told["pareto"].tolist() == [True, False, True, True, False]
 
 
 # ---- the openings ----

@@ -49,7 +49,7 @@ def test_the_page_holds_the_headline_the_curves_every_figure_and_dialogues(workd
 
 
 def test_no_curve_is_drawn_through_one_point(workdir):
-    (workdir / "metrics.jsonl").write_text('{"step": 2, "user_nll/val": 3.0}\n{"step": 3, "user_nll/val": null, "loss/user": 1}\n')
+    (workdir / "metrics.jsonl").write_text('{"step": 2, "user_nll/val": 3.0}\n{"step": 3, "user_nll/val": null}\n')
     page = report.write_report(workdir, FIGURES | {"true/success": 0.5}, "").read_text()
     assert "curves.png" not in page and not (workdir / "curves.png").exists()
     assert "held-out user, nats per token: 1.250 (at update 2: 3.000)" in page

@@ -15,7 +15,7 @@ from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.nn import make_net
 from mbrl_lm.scoring import score
 
-SIZES = {"tokens": 120, "turns": 4, "turn_tokens": 14, "model.layers": 1, "model.width": 16, "model.mlp_width": 24, "seed": 7}
+SIZES = {"seed": 7, "tokens": 120, "turns": 4, "turn_tokens": 14, "model.width": 16, "model.mlp_width": 24}
 KEY, TEMPERATURE, ROWS = jax.random.key(2), 0.7, 4
 UIDS = list(TEST_UIDS[:6])
 HAND_OVER = {"end": pr.STOP, "leave": pr.LEAVE}
@@ -166,6 +166,16 @@ def test_a_user_who_is_content_ends_the_dialogue():
         assert spoken(dialogues, b)[-1][1][-1] == pr.STOP and len(spoken(dialogues, b)) == 4
     assert dialogues.reward_BU[:, 0].tolist() == pytest.approx([o["turn_cost"] + o["outcome"] for o in outcomes])
     assert not dialogues.reward_BU[:, 1:].any()
+
+
+def test_a_reply_that_runs_out_of_tokens_is_cut_and_ends_nothing():
+    goodbye = words().encode("goodbye")[0]
+    params = follows(words().vocab_size, {pr.TO_ASSISTANT: goodbye, goodbye: pr.TO_USER})
+    opening = (true_user().openings(TRAIN_UIDS[:1], "train").token_BT != pr.PAD).sum()
+    user = TrueUser(config_of(tokens=int(opening) + 3), table_net(), protocol(), words(), one_device(), 1)
+    dialogues, outcomes = user.play(params, KEY, TRAIN_UIDS[:1], "train", 0.1)
+    assert [len(said) for _, said in spoken(dialogues, 0)[2:]] == [2, 1] and outcomes[0]["ended"] == "end"
+    assert dialogues.cut_B[0] and not dialogues.ended_B[0]
 
 
 def test_a_turn_that_runs_out_of_tokens_is_not_said():

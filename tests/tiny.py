@@ -27,6 +27,27 @@ MARKS = {
     "none": pr.NO_DEAL,
 }
 
+MODEL = {
+    "layers": 2,
+    "width": 16,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_width": 24,
+    "conv_width": 3,
+    "dropout": 0.0,
+    "tied": True,
+    "scan_layers": False,
+    "remat": False,
+    "dtype": "float32",
+    "bins": 11,
+    "bin_limit": 3.0,
+}
+LOSS = {"policy_real": 1.0, "policy_imagined": 1.0, "user": 1.0, "outcome": 1.0, "assistant": 0.0}
+LOSS |= {"value": 0.5, "reward": 0.5, "end": 0.1, "kl": 0.1, "entropy": 0.0}
+RETURNS = {"discount": 0.97, "lambda_": 0.95, "scale_floor": 1.0, "scale_decay": 0.99, "target_decay": 0.98}
+TRAIN = {"batch": 4, "micro_batch": 0, "warmup": 1, "supervised_steps": 4, "rl_steps": 200, "clip": 1.0}
+TRAIN |= {"learning_rate": 2e-3, "rl_learning_rate": 3e-4, "weight_decay": 0.01}
+
 
 class World(NamedTuple):
     """A network with what belongs to it."""
@@ -38,11 +59,13 @@ class World(NamedTuple):
 
 
 def config_of(**values: Any) -> config.Config:
-    """A tiny config; names like `model__layers` set fields."""
+    """A tiny config; names like `model__layers` set fields. What tests rely on is written out, so that no default enters."""
     cfg = config.Config(tokens=24, turns=5, turn_tokens=TURN_TOKENS)
-    cfg.model = config.Model(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24, bins=11)
-    cfg.train = config.Train(batch=4, micro_batch=0, warmup=1, supervised_steps=4)
-    cfg.imagine = config.Imagine(batch=4, reward="learned")
+    cfg.model = config.Model(**MODEL)
+    cfg.loss = config.Loss(**LOSS)
+    cfg.returns = config.Returns(**RETURNS)
+    cfg.train = config.Train(**TRAIN)
+    cfg.imagine = config.Imagine(batch=4, replies=4, temperature=1.0, reward="learned")
     return config.override(cfg, {name.replace("__", "."): value for name, value in values.items()})
 
 
