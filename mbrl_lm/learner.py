@@ -268,7 +268,7 @@ def make_update(
         target = optax.incremental_update(params, state.target, 1 - cfg.returns.target_decay)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, target=target)
         metrics |= {f"loss/{name}": (total[name], count[name]) for name in weight}
-        metrics["gradient_norm"] = optax.global_norm(gradient), jnp.ones(())
+        metrics["gradient_norm"] = optax.tree.norm(gradient), jnp.ones(())
         return state, metrics
 
     return update

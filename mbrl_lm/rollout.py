@@ -182,7 +182,7 @@ def _converse(
 
 
 def _as_dialogue(protocol: pr.Protocol, prompt: Dialogue, stream: Stream) -> Dialogue:
-    ended_B = stream.role_B == pr.END
+    ended_B = (stream.role_B == pr.END) | prompt.ended_B
     return Dialogue(
         token_BT=stream.token_BT,
         author_BT=stream.author_BT,
