@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +163,8 @@ def _write_config(run: Run) -> None:
     path = run.workdir / "config.json"
     text = json.dumps({"variant": run.variant, **command_line.flatten(run.config)}, indent=2)
     config = json.loads(text)  # as it reads when it is resumed: a tuple is a list
-    if path.exists() and (saved_steps(run.checkpoints) or (run.workdir / "results.json").exists()):
+    begun = saved_steps(run.checkpoints) or (run.workdir / "results.json").exists()
+    if path.exists() and begun:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -178,11 +180,20 @@ def _write_config(run: Run) -> None:
                 f"{run.workdir} holds a run with another config: {named}. Give the flags of that run, or another --workdir"
             )
     if jax.process_index() == 0:
+        if not begun and path.exists() and path.read_text(encoding="utf-8") != text + "\n":
+            _remove_derived(run.workdir)
         write_atomic(path, text + "\n")
         commits = run.workdir / "commit.txt"
         known = commits.read_text(encoding="utf-8").split("\n")[:-1] if commits.exists() else []
         if _commit() not in known[-1:]:
             write_atomic(commits, "\n".join([*known, _commit(), ""]))
+
+
+def _remove_derived(workdir: pathlib.Path) -> None:
+    """Removes what a start with another config made before its first checkpoint (prepared data are keyed by content)."""
+    (workdir / "tokenizer.model").unlink(missing_ok=True)
+    for name in ("logs", "partner"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 def _commit() -> str:
@@ -215,6 +226,8 @@ def _set_up_jax(run: Run) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # has no effect where there is an accelerator
         jax.config.update("jax_num_cpu_devices", run.config.cpu_devices)
+    # Two programs in flight on virtual devices may each hold a thread that the other's collective waits for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir(run)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -69,6 +69,7 @@ class Train:
     rl_steps: int = 200
     batch: int = 32  # real dialogues of an update, of full width
     micro_batch: int = 4  # rows per device of one pass of gradient accumulation; 0 = the whole batch at once
+    optimizer: str = "muon"  # for the matrices of the trunk; adamw: for all parameters
     learning_rate: float = 2e-3
     rl_learning_rate: float = 3e-4
     warmup: int = 100
@@ -224,7 +225,10 @@ CONCIERGE = {
     "eval.every": 250,
 }
 PRESETS = {
-    "concierge": {"default": CONCIERGE, "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 160, "widths": (80,)}},
+    "concierge": {
+        "default": CONCIERGE,
+        "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 160, "widths": (80,)},
+    },
     "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
     **{name: {"default": CHAT, "tiny": CHAT | TINY | NO_RL} for name in ("multiwoz", "sgd", "chat_jsonl")},
 }
@@ -275,6 +279,7 @@ def check(cfg: Config) -> None:
         (model.conv_width < 1, "model.conv_width must be at least 1, which is none"),
         (not 0 <= model.dropout < 1, "model.dropout is a probability below 1"),
         (model.dtype not in ("float32", "bfloat16"), "model.dtype must be float32 or bfloat16"),
+        (train.optimizer not in ("muon", "adamw"), "train.optimizer must be muon or adamw"),
         (min(train.supervised_steps, train.rl_steps) < 0, "numbers of steps cannot be negative"),
         (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0"),
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),

@@ -93,6 +93,17 @@ def test_a_directory_of_another_config_is_refused_once_something_is_saved(tmp_pa
     assert len((tmp_path / "commit.txt").read_text().splitlines()) == 1
 
 
+def test_a_new_start_with_another_config_makes_everything_anew(tmp_path):
+    app._write_config(make_run(tmp_path))
+    for name in ("logs", "partner", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer.model").touch()
+    app._write_config(make_run(tmp_path))
+    assert (tmp_path / "tokenizer.model").exists() and (tmp_path / "partner").exists()
+    app._write_config(make_run(tmp_path, seed=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["commit.txt", "config.json", "data"]
+
+
 def test_a_finished_run_says_where_its_report_is(tmp_path, capsys):
     run = make_run(tmp_path)
     assert not run.finished()
