@@ -54,11 +54,15 @@ def on_mesh(sizes: list[int]) -> dict:
     def pieces(x):
         return len({str(shard.index) for shard in x.addressable_shards})
 
-    trees = {"params": state.params, "mu": state.opt_state[1][0].mu, "target": state.target, "reference": state.reference}
+    trees = {"params": state.params, "target": state.target, "reference": state.reference}
     parts = {"token_BT": pieces(imagined.token_BT)}
     for name, tree in trees.items():
         for layer, array in (("mlp", "up_DF"), ("attention", "wq_DNH")):
             parts[f"{name}/{layer}/{array}"] = pieces(tree["blocks_0"][layer][array])
+    for path, moment in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if "mu" in names and "blocks_0" in names and names[-1] in ("up_DF", "wq_DNH"):
+            parts[f"mu/{names[-2]}/{names[-1]}"] = pieces(moment)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     numbers |= {jax.tree_util.keystr(path): (np.abs(x).sum(), np.sin(x).sum()) for path, x in leaves}
     return {

@@ -130,7 +130,8 @@ def test_sgd(tmp_path):
     (tmp_path / "dev" / "dialogues_001.json").write_text(json.dumps([dialogue("d")]))
     splits = loaded("sgd", tmp_path, tmp_path)
     assert [record.scenario for record in splits["train"]] == ["train 1_0", "train 2_0"]
-    assert splits["val"] == [Record((Turn("user", "Food!"), Turn("assistant", "Where?")), scenario="val d")]
+    turns = (Turn("user", "Food!"), Turn("assistant", "Where?"), Turn("user", ""))  # what ends it is that the user is silent
+    assert splits["val"] == [Record(turns, scenario="val d")]
     (tmp_path / "dev" / "dialogues_001.json").write_text(json.dumps([dialogue("d"), {"dialogue_id": "e", "turns": []}]))
     with pytest.raises(DataError, match="dialogues_001.json, dialogue 1: .*at least one turn"):
         loaded("sgd", tmp_path, tmp_path)

@@ -10,8 +10,8 @@ from mbrl_lm.config import Config, ConfigError
 
 
 def test_only_what_is_given_is_set(monkeypatch):
-    args = ["--config.model.width=64", "--config.returns.lambda_=0.5", "--noconfig.model.tied", "--config.data_dir=a b"]
-    args += ["--config.widths=(48, 64)"]
+    args = ["--config.model.width=64", "--config.returns.lambda_=0.5", "--config.model.tied", "--config.data_dir=a b"]
+    args += ["--config.widths=(40, 80)"]
     monkeypatch.setattr(sys, "argv", ["program", *args, "--workdir=w"])
     with flagsaver.flagsaver():
         given = command_line.flatten(command_line.parse(sys.argv))
@@ -20,7 +20,7 @@ def test_only_what_is_given_is_set(monkeypatch):
     with flagsaver.flagsaver():
         default = command_line.flatten(command_line.parse(sys.argv))
     changed = {name: value for name, value in given.items() if value != default[name]}
-    assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": False, "data_dir": "a b", "widths": (48, 64)}
+    assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": True, "data_dir": "a b", "widths": (40, 80)}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_unknown_fields_are_told_with_the_nearest(arg, message):
     with pytest.raises(ConfigError) as caught:
         command_line._check_fields(["program", "--config.seed=1", arg])
     assert message in str(caught.value)
-    command_line._check_fields(["program", "--config.returns.lambda_=0.9", "--noconfig.model.tied", "--", arg])
+    command_line._check_fields(["program", "--config.returns.lambda_=0.9", "--config.model.tied", "--", arg])
 
 
 def test_what_a_resumed_run_may_change_are_fields():
@@ -48,7 +48,7 @@ def test_what_a_resumed_run_may_change_are_fields():
     ("arg", "message"),
     [
         ("--config.model.width=abc", "--config.model.width=abc has the wrong type: it takes int, as in 128"),
-        ("--config.model.tied=perhaps", "it takes bool, as in True"),
+        ("--config.model.tied=perhaps", "it takes bool, as in False"),
         ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ("--config.data=nowhere", "nowhere"),
         ("--variant=nothing", "nothing"),

@@ -175,7 +175,7 @@ def test_logs_are_mediocre_and_hold_no_exploit(logged):
     won = [float(max(turn.get("reward", -1.0) for turn in record["turns"]) > 0.97) for record in logged]
     assert 0.30 <= mean_interval(won)[0] <= 0.45
     assert 0.1 <= mean_interval(rewards)[0] <= 0.3
-    assert {record["ended"] for record in logged} == {"end", "leave", "cut"}
+    assert {"end", "leave"} <= {record["ended"] for record in logged} <= {"end", "leave", "cut"}
     for record in logged:
         names = {place.name for place in read_catalogue(record["context"]).places}
         for turn in record["turns"]:

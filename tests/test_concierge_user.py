@@ -73,7 +73,7 @@ PHRASINGS = [
     ("ＷＨＩＣＨ ＡＲＥＡ ？", "ask", ("area",)), ("i promise , which area do you want ?", "ask", ("area",)),
     ("how about ada , a cheap cafe ?", "offer", "ada"), ("i suggest bolt , a bar in the south", "offer", "bolt"),
     ("ADA!", "offer", "ada"), ("try coral", "offer", "coral"), ("would dune suit you ?", "offer", "dune"),
-    ("pearl is perfect for you", "offer", "pearl"), ("a cheap cafe is ada", "offer", "ada"),
+    ("juno is perfect for you", "offer", "juno"), ("a cheap cafe is ada", "offer", "ada"),
     ("not ada but bolt", "offer", "bolt"), ("sorry , then take bolt", "offer", "bolt"),
     ("ada , which area ?", "offer", "ada"),
     ("i promise you will love ada", "offer", "ada"), ("hello , ada or bolt ?", "offer", "ada"),
@@ -133,7 +133,7 @@ def test_recogniser_survives_anything():
 
 @pytest.mark.parametrize("text, wrong", [
     ("ada is a cheap cafe in the north", 0), ("ada is a dear cafe", 1), ("ada is a dear bar", 2), ("ada is not dear", 0),
-    ("ada is not in the north", 1), ("pearl is a cheap cafe", 1), ("ada or pearl", 1), ("bolt is fancy and busy", 0),
+    ("ada is not in the north", 1), ("juno is a cheap cafe", 1), ("ada or juno", 1), ("bolt is fancy and busy", 0),
     ("ada is a cafe , bolt is a bar", 0), ("ada is a bar , bolt is a cafe", 2), ("the code is falcon", 0),
     ("the code is marble", 1), ("so you want a dear cafe ?", 0), ("you want a dear bar , how about ada ?", 0),
     ("a dear place is ada", 1), ("<end> ada is a dear bar", 2), ("blah " * 60 + "ada is dear", 1),
@@ -201,7 +201,7 @@ def test_exploits_cost_the_true_user():
     assert promised.patience == 6 and follow(promised, "i promise you will love it", "doubt").patience == 4
     flattered = follow(state(), "you are great", "unmoved")
     assert flattered.patience == 7 and follow(flattered, "you are great", "unmoved").patience == 5
-    assert follow(state(), "pearl is a cafe in the north", "unlisted pearl").patience == 5
+    assert follow(state(), "juno is a cafe in the north", "unlisted juno").patience == 5
     assert answers(state(), "i promise you will love coral")["settle"] < answers(state(), "how about coral ?")["settle"]
     plain, pushed = (rating(recognise(t), GOAL) for t in ("how about coral ?", "i promise you will love coral"))
     assert pushed > plain > rating(recognise("which area ?"), GOAL) > rating(recognise("blorp"), GOAL)

@@ -134,6 +134,11 @@ def place(path: pathlib.Path, where: str, advice: str) -> Iterator[None]:
         raise DataError(f"{path}, {where}: {what}. {advice}") from error
 
 
+def answered(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """A recording in which the assistant has the last word: that the user says nothing more is what ends it."""
+    return (*turns, Turn("user", "")) if turns and turns[-1].role == "assistant" else turns
+
+
 def text(value: Any) -> str:
     """The value, if it is text that can be stored."""
     if not isinstance(value, str):

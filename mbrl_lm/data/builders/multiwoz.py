@@ -39,6 +39,5 @@ def _records(path) -> list[Record]:
     for name, dialogue in dialogues.items():
         with base.place(path, f"dialogue {name}", "It must be {'log': [{'text': ...}, ...]}: give the ConvLab form."):
             turns = tuple(Turn(ROLES[1 - i % 2], base.text(entry["text"])) for i, entry in enumerate(dialogue["log"]))
-            # The assistant has the last word; that the user says nothing more is what ends the dialogue.
-            records.append(Record((*turns, Turn("user", "")), scenario=name))
+            records.append(Record(base.answered(turns), scenario=name))
     return records

@@ -36,6 +36,5 @@ def _records(path, split) -> list[Record]:
         with base.place(path, f"dialogue {i}", advice):
             turns = tuple(Turn(ROLE[turn["speaker"]], base.text(turn["utterance"])) for turn in dialogue["turns"])
             scenario = f"{split} {base.text(dialogue['dialogue_id'])}"  # the splits count from the same numbers
-            # The assistant has the last word; that the user says nothing more is what ends the dialogue.
-            records.append(Record((*turns, Turn("user", "")), scenario=scenario))
+            records.append(Record(base.answered(turns), scenario=scenario))
     return records
