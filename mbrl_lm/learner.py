@@ -258,11 +258,11 @@ def make_update(
             for name, rows_B in (("real", ~imagined_B), ("imagined", imagined_B)):
                 chosen_BU = mask_BU & rows_B[:, None]
                 count = jnp.sum(chosen_BU, dtype=jnp.float32)
-                metrics[f"{name}/return"] = masked_sum(return_BU, chosen_BU), count
-                metrics[f"{name}/reward"] = masked_sum(rows.reward_BU, chosen_BU), jnp.sum(rows_B, dtype=jnp.float32)
-                metrics[f"{name}/value_error"] = masked_sum((return_BU - open_v_BU) ** 2, chosen_BU), count
-                metrics[f"{name}/turns"] = count, jnp.sum(rows_B, dtype=jnp.float32)
-            metrics["return_scale"] = scale, jnp.ones(())
+                metrics[f"train/{name}_return"] = masked_sum(return_BU, chosen_BU), count
+                metrics[f"train/{name}_reward"] = masked_sum(rows.reward_BU, chosen_BU), jnp.sum(rows_B, dtype=jnp.float32)
+                metrics[f"train/{name}_value_error"] = masked_sum((return_BU - open_v_BU) ** 2, chosen_BU), count
+                metrics[f"train/{name}_turns"] = count, jnp.sum(rows_B, dtype=jnp.float32)
+            metrics["train/return_scale"] = scale, jnp.ones(())
         batch = Batch(
             dialogue=rows,
             turns=turns,

@@ -129,7 +129,7 @@ def test_rule_3_how_predictable_the_user_is_never_enters_the_reward():
     after, changed = gradient(real, imagined, target={"unembed_DV": noisy(w.params["unembed_DV"], 8, 1.0)})
     assert largest_difference(plain, after) == 0
     assert all((metrics[name] == changed[name]).all() for name in metrics)
-    assert abs(metrics["imagined/reward"][0]) > 0.01
+    assert abs(metrics["train/imagined_reward"][0]) > 0.01
 
 
 def test_gradient_accumulation_equals_the_whole_batch():
