@@ -15,7 +15,7 @@ import numpy as np
 from mbrl_lm import app, config, learner, nn, report, rollout, sharding
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import batches, lengths, take
+from mbrl_lm.data.batches import batches, join, lengths, take
 from mbrl_lm.data.corpus import load_corpus
 from mbrl_lm.envs.concierge import TRAIN_UIDS
 from mbrl_lm.envs.true_user import TrueUser
@@ -75,7 +75,7 @@ def main(run: app.Run):
     def real_at(step) -> Dialogue:
         if not online:
             return logged_at(step)
-        return jax.tree.map(lambda *x: np.concatenate(x), logged_at(step), replay.sample(cfg.seed, step, online))
+        return join([logged_at(step), replay.sample(cfg.seed, step, online)])
 
     def evaluate(state, dialogues, key):
         """Figures and dialogues to read."""

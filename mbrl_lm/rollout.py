@@ -84,9 +84,9 @@ def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:
     (B, P), switch_RV = prompt.token_BT.shape, jnp.asarray(protocol.switch_RV)
     cache = view.net.prefill(view.params, prompt.token_BT, view.net.init_cache(B, tokens))
     last_B = prompt_lengths(prompt)[:, None] - 1
-    token_B, author_B, turn_B, place_B = (
+    token_B, author_B, place_B = (
         jnp.take_along_axis(x, last_B, axis=1)[:, 0]
-        for x in (prompt.token_BT, prompt.author_BT, prompt.turn_BT, pr.place_in_turn(prompt.turn_BT))
+        for x in (prompt.token_BT, prompt.author_BT, pr.place_in_turn(prompt.turn_BT))
     )
     role_B = switch_RV[author_B.astype(jnp.int32), token_B].astype(jnp.int32)
     place_B = jnp.where(role_B == author_B, place_B + 1, 0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from mbrl_lm import protocol as pr
@@ -20,6 +21,11 @@ def take(dialogues: Dialogue, rows: np.ndarray, width: int | None = None) -> Dia
     per_token = {name for name in dialogues.__dict__ if name.endswith("_BT")}
     picked = {name: x[rows, : width or T] if name in per_token else x[rows] for name, x in dialogues.__dict__.items()}
     return Dialogue(**picked)
+
+
+def join(parts: Sequence[Dialogue]) -> Dialogue:
+    """One set of rows after the other, on the host."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def chunks(dialogues: Dialogue, rows: int) -> Iterator[tuple[Dialogue, np.ndarray]]:

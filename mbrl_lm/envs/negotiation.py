@@ -11,6 +11,7 @@ import numpy as np
 
 from mbrl_lm import config, reward, rollout
 from mbrl_lm import protocol as pr
+from mbrl_lm.data.batches import join
 from mbrl_lm.nn import Net
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
@@ -35,7 +36,6 @@ def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tok
         dialogue.token_BT[b] = [pr.BOS, *(pr.NUMBER + n for n in context), opening[first]]
     if width > tokens:
         raise config.ConfigError(f"a negotiation opens with {width} tokens: raise --config.tokens={tokens}")
-    dialogue.turn_BT[:] = 0
     dialogue.uid_B[:] = np.arange(len(contexts))
     return dialogue
 
@@ -111,7 +111,7 @@ class Table:
             results.append({name: x[kept] for name, x in figures.items()})
             seen.append(jax.tree.map(lambda x, k=kept: x[k], ours))
         figures = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
-        return figures, jax.tree.map(lambda *x: np.concatenate(x), *seen)
+        return figures, join(seen)
 
     def openings(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
         """The prompts of the given dialogues, seen from our side and from the partner's."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from mbrl_lm import config, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import take
+from mbrl_lm.data.batches import join, lengths, take
 from mbrl_lm.envs import ENVS
 from mbrl_lm.nn import Net
 from mbrl_lm.replay import empty_dialogues
@@ -58,7 +58,7 @@ class TrueUser:
             dialogues, rewards = self._play(env, params, key, np.array(some), temperature)
             parts.append(take(dialogues, np.arange(len(some))))
             outcomes += [env.outcome(i) | rewards[i] for i in range(len(some))]
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts), outcomes
+        return join(parts), outcomes
 
     def openings(self, uids: Sequence[int], split: str) -> Dialogue:
         """The prompts that `play` starts from: context and the user's first turn."""
@@ -85,10 +85,10 @@ class TrueUser:
         ended, going = np.zeros(self.rows, bool), np.ones(self.rows, bool)
         totals: list[dict[str, float]] = [{} for _ in range(self.rows)]
         for turn in range(self.cfg.turns):
-            before = (dialogue.author_BT != pr.END).sum(axis=1)
+            before = lengths(dialogue)
             written = self._write_turn(params, dialogue.replace(ended_B=~going), np.float32(temperature), key)
             dialogue = jax.tree.map(np.array, jax.device_get(written))
-            length = (dialogue.author_BT != pr.END).sum(axis=1)
+            length = lengths(dialogue)
             # A turn that ran out of tokens was never handed over: it is not said.
             going &= dialogue.token_BT[np.arange(self.rows), length - 1] == pr.TO_USER
             spoken = [self.tokenizer.decode(dialogue.token_BT[b, before[b] : length[b]]) for b in range(self.rows)]
