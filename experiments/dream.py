@@ -15,7 +15,7 @@ import numpy as np
 from mbrl_lm import app, config, learner, nn, report, rollout, sharding
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import batches, join, lengths, take
+from mbrl_lm.data.batches import batches, join, lengths, take, text_batches
 from mbrl_lm.data.corpus import load_corpus
 from mbrl_lm.envs.concierge import TRAIN_UIDS
 from mbrl_lm.envs.true_user import TrueUser
@@ -69,7 +69,7 @@ def main(run: app.Run):
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
     online = cfg.train.batch // 2 if user else 0
     replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
-    text_at = batches(corpus.train, cfg.seed, cfg.train.batch, cfg.widths)
+    text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
     logged_at = batches(corpus.train, cfg.seed, cfg.train.batch - online)
 
     def real_at(step) -> Dialogue:

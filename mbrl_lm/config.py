@@ -66,6 +66,7 @@ class Returns:
 @dataclasses.dataclass
 class Train:
     supervised_steps: int = 600  # likelihood of both speakers, before RL begins; 0 = joint from the first step
+    renamed: float = 0.0  # the first part of supervised_steps sees dialogues with what the task does not tell apart renamed
     rl_steps: int = 200
     batch: int = 32  # real dialogues of an update, of full width
     micro_batch: int = 4  # rows per device of one pass of gradient accumulation; 0 = the whole batch at once
@@ -185,6 +186,7 @@ NEGOTIATION = {
     "loss.assistant": 0.3,
     "loss.kl": 0.2,
     "train.supervised_steps": 1000,
+    "train.renamed": 0.6,
     "train.rl_steps": 100,
     "train.rl_learning_rate": 2e-4,
 }
@@ -285,6 +287,7 @@ def check(cfg: Config) -> None:
         (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0"),
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
         (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
+        (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),

@@ -21,7 +21,7 @@ import numpy as np
 from mbrl_lm import config, learner, nn, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import batches, chunks
+from mbrl_lm.data.batches import chunks, text_batches
 from mbrl_lm.data.builders.deal_or_no_deal import scenario_key
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.envs.concierge import TEST_UIDS, mean_interval
@@ -179,7 +179,7 @@ def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory
 
 def _fit(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, optimizer, state: TrainState, key: Array) -> TrainState:
     update = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
-    batch_at = batches(corpus.others, cfg.seed + 1, cfg.train.batch, cfg.widths)
+    batch_at = text_batches(cfg, cfg.seed + 1, corpus.others, corpus.others_renamed)
     for step in range(cfg.train.supervised_steps):
         state, _ = update(state, batch_at(step), None, jax.random.fold_in(key, step))
     return state

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mbrl_lm import protocol
-from mbrl_lm.data.batches import batches, chunks, take
+from mbrl_lm import config, protocol
+from mbrl_lm.data.batches import batches, chunks, take, text_batches
 from mbrl_lm.data.records import DataError
 from mbrl_lm.replay import empty_dialogues
 
@@ -58,6 +58,16 @@ def test_a_width_of_too_few_rows_is_merged_into_the_next():
 def test_more_rows_than_there_are_cannot_be_batched():
     with pytest.raises(DataError, match="lower config.train.batch"):
         batches(TEN, 0, 11)
+
+
+def test_renamed_dialogues_come_first():
+    cfg = config.override(
+        config.Config(), {"train.batch": 5, "train.supervised_steps": 10, "train.renamed": 0.3, "widths": ()}
+    )
+    renamed = TEN.replace(uid_B=TEN.uid_B + 100)
+    both_at, plain_at = text_batches(cfg, 3, TEN, renamed), text_batches(cfg, 3, TEN, None)
+    assert all(min(uid) >= 100 for uid in uids(both_at, range(3)))
+    assert uids(both_at, range(3, 10)) == uids(plain_at, range(3, 10))
 
 
 def test_chunks_fill_the_last_one_up_and_say_so():

@@ -1,5 +1,6 @@
 """Every builder on raw files that the tests write: what it reads, and what it says of malformed ones."""
 
+import dataclasses
 import json
 import lzma
 import zipfile
@@ -73,6 +74,28 @@ def test_a_malformed_negotiation_names_file_and_line(tmp_path, old, new, what):
     (raw_dir / "train.txt").write_bytes((DEAL + "\n" + bad).encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=rf"train.txt, line 3: .*{what}"):
         loaded("deal_or_no_deal", raw_dir, tmp_path)
+
+
+def test_renamings_are_the_same_negotiation_over_other_items():
+    turns = (Turn("user", "book or hats ? that basketball"), Turn("assistant", "2 balls"), Turn("user", ""))
+    record = Record(turns, numbers=(1, 4, 4, 1, 1, 2), partner_numbers=(1, 0, 4, 2, 1, 2), outcome=(1, 0, 1), reward=6.0)
+    renamed = deal_or_no_deal.renamings(record)
+    assert len(renamed) == 6 and dataclasses.replace(renamed[0], scenario="") == record
+    assert renamed[0].scenario == "1 0 4 2 1 2 / 1 4 4 1 1 2" and len({other.scenario for other in renamed}) == 6
+    said = [" / ".join(turn.text for turn in other.turns[:2]) for other in renamed]
+    assert said == [
+        "book or hats ? that basketball / 2 balls",
+        "book or balls ? that hat / 2 hats",
+        "hat or books ? that basketball / 2 balls",
+        "ball or books ? that hat / 2 hats",
+        "hat or balls ? that book / 2 books",
+        "ball or hats ? that book / 2 books",
+    ]
+    third = renamed[3]  # what was said of hats is said of books, of balls of hats, of books of balls
+    assert (third.numbers, third.partner_numbers, third.outcome) == ((4, 1, 1, 2, 1, 4), (4, 2, 1, 2, 1, 0), (0, 1, 1))
+    worth = {sum(n * v for n, v in zip(other.outcome, other.numbers[1::2], strict=True)) for other in renamed}
+    assert worth == {6} == {int(other.reward) for other in renamed}
+    assert deal_or_no_deal.renamings(Record(turns, numbers=record.numbers, outcome=()))[3].outcome == ()
 
 
 def test_selfplay_contexts(tmp_path):

@@ -8,8 +8,8 @@ from fakes import write_deals
 
 from mbrl_lm import config, tokenizer
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, scenario_key
-from mbrl_lm.data.corpus import load_corpus, write_logs
+from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings, scenario_key
+from mbrl_lm.data.corpus import load_corpus, rename, write_logs
 from mbrl_lm.data.records import DataError
 
 
@@ -51,6 +51,23 @@ def test_learner_partner_and_judge_share_no_scenario(deals, tmp_path):
     assert len(judged) == 10 and not judged & (learnt | partners)
     assert corpus.val_records == raw["val"] and len(corpus.val.uid_B) == 20
     assert corpus.protocol.switch_RV[pr.USER, pr.TO_OUTCOME] == pr.OUTCOME
+
+
+def test_renamed_dialogues_stay_on_their_side(deals, tmp_path):
+    train, others = DealOrNoDeal.read(deals)["train"][:40], DealOrNoDeal.read(deals)["train"][40:]
+    held_out = [renamings(record)[2] for record in train[:8]] + [renamings(record)[3] for record in others[:8]]
+    unseen = {record.scenario for record in held_out + others}
+    every = {record.scenario for record in rename(train, renamings)}
+    assert every & unseen
+    assert {record.scenario for record in rename(train, renamings, held_out, others)} == every - unseen
+
+
+def test_dialogues_are_renamed_where_it_is_asked_for(deals, tmp_path):
+    values = {"tokenizer__min_count": 1, "partner__share": 0.3}
+    assert load_corpus(config_of("deal_or_no_deal", deals, train__renamed=0.0, **values), tmp_path).renamed is None
+    corpus = load_corpus(config_of("deal_or_no_deal", deals, train__renamed=0.5, **values), tmp_path)
+    assert len(corpus.renamed.uid_B) > 5 * len(corpus.train.uid_B)
+    assert len(corpus.others_renamed.uid_B) > 5 * len(corpus.others.uid_B)
 
 
 def test_negotiations_to_be_judged_by_may_not_be_learnt_from(deals, tmp_path):

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Literal
 
 from mbrl_lm.data import prepare
 from mbrl_lm.data.builders.base import DialogueBuilder
 from mbrl_lm.data.builders.chat_jsonl import ChatJsonl
-from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal
+from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings
 from mbrl_lm.data.builders.multiwoz import MultiWoz
 from mbrl_lm.data.builders.sgd import Sgd
 from mbrl_lm.data.records import DataError, Record
@@ -20,15 +21,17 @@ class Dataset:
     Attributes:
       builder: reads its raw files.
       kind: of the conversations, as `protocol.make_protocol` takes it.
+      renamings: a dialogue -> the same under every naming of things that the task does not tell apart, its own first.
     """
 
     builder: type[DialogueBuilder]
     kind: Literal["chat", "negotiation"]
+    renamings: Callable[[Record], list[Record]] | None = None
 
 
 DATASETS = {
     "concierge": Dataset(ChatJsonl, "chat"),  # logs that the environment writes
-    "deal_or_no_deal": Dataset(DealOrNoDeal, "negotiation"),
+    "deal_or_no_deal": Dataset(DealOrNoDeal, "negotiation", renamings),
     "multiwoz": Dataset(MultiWoz, "chat"),
     "sgd": Dataset(Sgd, "chat"),
     "chat_jsonl": Dataset(ChatJsonl, "chat"),  # any chats in the project's own form

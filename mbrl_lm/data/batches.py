@@ -5,9 +5,23 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from mbrl_lm import config
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.records import DataError
 from mbrl_lm.types import Dialogue
+
+
+def text_batches(cfg: config.Config, seed: int, dialogues: Dialogue, renamed: Dialogue | None) -> Callable[[int], Dialogue]:
+    """Batches to learn both speakers from by likelihood: first of renamed dialogues, then of those that were said.
+
+    Renamings show what the task does not depend on; how people really name things is learnt last.
+    """
+    said_at = batches(dialogues, seed, cfg.train.batch, cfg.widths)
+    if renamed is None:
+        return said_at
+    renamed_at = batches(renamed, seed, cfg.train.batch, cfg.widths)
+    until = round(cfg.train.renamed * cfg.train.supervised_steps)
+    return lambda step: renamed_at(step) if step < until else said_at(step)
 
 
 def lengths(dialogues: Dialogue) -> np.ndarray:

@@ -23,6 +23,7 @@ class Corpus:
       tokenizer, protocol: of all its dialogues.
       train, val: numpy dialogues, (B, tokens).
       others: dialogues of scenarios that are neither in `train` nor in `val`: the partner of a negotiation learns from them.
+      renamed, others_renamed: `train` and `others` under every renaming; None if the data set has none or none is asked for.
       val_records: the records of `val`.
     """
 
@@ -31,6 +32,8 @@ class Corpus:
     train: Dialogue
     val: Dialogue
     others: Dialogue | None
+    renamed: Dialogue | None
+    others_renamed: Dialogue | None
     val_records: list[Record]
 
 
@@ -51,7 +54,7 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         words = (text for record in train for text in (record.context, *(turn.text for turn in record.turns)))
         write_atomic(model, tokenizer.train(words, cfg.tokenizer))
     pieces = tokenizer.load(str(model))
-    kind = DATASETS[cfg.data].kind
+    kind, renamings = DATASETS[cfg.data].kind, DATASETS[cfg.data].renamings
     protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens)
     if kind == "negotiation":
         known = {record.scenario for record in train} & {record.scenario for record in val}
@@ -60,9 +63,27 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         train, others = hold_out(train, cfg.partner.share)
 
     def tokens(records):
-        return encode(records, pieces, protocol, cfg.tokens, cfg.turns)
+        return encode(records, pieces, protocol, cfg.tokens, cfg.turns) if records else None
 
-    return Corpus(pieces, protocol, tokens(train), tokens(val), tokens(others) if others else None, val)
+    def renamed(records, *other_sides):
+        return tokens(rename(records, renamings, *other_sides)) if cfg.train.renamed and renamings else None
+
+    return Corpus(
+        tokenizer=pieces,
+        protocol=protocol,
+        train=tokens(train),
+        val=tokens(val),
+        others=tokens(others),
+        renamed=renamed(train, val, others),
+        others_renamed=renamed(others, val, train),
+        val_records=val,
+    )
+
+
+def rename(records, renamings, *other_sides) -> list[Record]:
+    """All renamings of the records, but for those that become a scenario of another side, which must stay unseen here."""
+    unseen = {record.scenario for side in other_sides for record in side}
+    return [other for record in records for other in renamings(record) if other.scenario not in unseen]
 
 
 def write_logs(cfg: config.Config, directory: pathlib.Path) -> pathlib.Path:

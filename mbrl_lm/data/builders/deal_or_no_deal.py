@@ -4,8 +4,11 @@ A line is one dialogue as one of the two saw it: YOU is the assistant, THEM the 
 agreed split, 0..10, and 0 without a deal.
 """
 
+import dataclasses
+import itertools
 import pathlib
 import re
+from collections.abc import Sequence
 
 from mbrl_lm.data.builders import base
 from mbrl_lm.data.records import DataError, Record, Turn
@@ -14,6 +17,8 @@ ROLE = {"YOU": "assistant", "THEM": "user"}
 SELECTION = "<selection>"  # what the speaker who calls for the outcome says
 NO_DEAL = ("<disagree>", "<no_agreement>", "<disconnect>")
 ITEMS = 3
+NAMES = (("book", "hat", "ball"), ("books", "hats", "balls"))
+ALSO = {"basketball": "ball", "basketballs": "balls"}
 ADVICE = (
     "A line reads '<input> c0 v0 c1 v1 c2 v2 </input> <dialogue> YOU: words <eos> THEM: words <eos> ... YOU: <selection> "
     "</dialogue> <output> six outcomes </output> <partner_input> c0 w0 c1 w1 c2 w2 </partner_input>': fetch the file again."
@@ -48,6 +53,30 @@ class DealOrNoDeal(base.DialogueBuilder, skip_registration=True):
 def scenario_key(a: Context, b: Context) -> str:
     """Names a pair of contexts, whichever side it is seen from."""
     return " / ".join(" ".join(map(str, context)) for context in sorted((tuple(a), tuple(b))))
+
+
+def renamings(record: Record) -> list[Record]:
+    """The dialogue under every naming of the three kinds of item, its own first: the rules do not tell them apart."""
+    return [_renamed(record, order) for order in itertools.permutations(range(ITEMS))]
+
+
+def _renamed(record: Record, order: Sequence[int]) -> Record:
+    """What was said of kind `order[j]` is said of kind j."""
+    word = {names[old]: names[new] for names in NAMES for new, old in enumerate(order) if new != old}
+    said = (" ".join(word.get(ALSO.get(w, w), w) for w in turn.text.split()) for turn in record.turns)
+    turns = tuple(dataclasses.replace(turn, text=text) for turn, text in zip(record.turns, said, strict=True))
+    numbers, partner_numbers = (
+        tuple(pair for old in order for pair in context[2 * old : 2 * old + 2])
+        for context in (record.numbers, record.partner_numbers)
+    )
+    return dataclasses.replace(
+        record,
+        turns=turns,
+        numbers=numbers,
+        partner_numbers=partner_numbers,
+        outcome=tuple(record.outcome[old] for old in order) if record.outcome else record.outcome,
+        scenario=scenario_key(numbers, partner_numbers),
+    )
 
 
 def selfplay_contexts(data_dir: str | pathlib.Path) -> list[tuple[Context, Context]]:
