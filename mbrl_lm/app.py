@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -27,7 +28,7 @@ from absl import app as absl_app
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
-from mbrl_lm import command_line, sharding
+from mbrl_lm import command_line, metrics, report, sharding
 from mbrl_lm.checkpoint import CheckpointError, is_full_disk, saved_steps
 from mbrl_lm.config import Config, ConfigError
 from mbrl_lm.data.records import DataError
@@ -44,6 +45,7 @@ class Run:
     variant: str
     workdir: pathlib.Path
     preempted: threading.Event = dataclasses.field(default_factory=threading.Event)
+    began_s: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -73,6 +75,14 @@ def say(text: str) -> None:
     if jax.process_index() == 0:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+
+def conclude(run: Run, figures: Mapping[str, float], samples: str) -> None:
+    """Writes the report and `results.json`, and says what was found. Only after that is the run finished."""
+    page = report.write_report(run.workdir, figures, samples)
+    metrics.results(run.workdir, figures)
+    say(report.headline(run.workdir, figures))
+    say(f"the report is {page}")
 
 
 def write_params(path: str | pathlib.Path, params: Any) -> None:

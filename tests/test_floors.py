@@ -29,9 +29,11 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "metrics": 5,
     "heldout": 5,
     "judge": 5,
+    "evaluation": 5,
     "report": 5,
     "command_line": 5,
     "app": 6,
+    "loop": 6,
 }
 LIBRARY = sorted((ROOT / "mbrl_lm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
