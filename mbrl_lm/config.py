@@ -183,7 +183,7 @@ NEGOTIATION = {
     "eval.temperature": 0.5,
     "eval.every": 250,
     "eval.final_dialogues": 800,
-    "loss.assistant": 0.3,
+    "loss.assistant": 1.0,
     "loss.kl": 0.2,
     "train.supervised_steps": 1000,
     "train.renamed": 0.6,
@@ -195,10 +195,11 @@ PAPER = NEGOTIATION | {  # about an hour on two cores
     "model.heads": 5,
     "model.kv_heads": 5,
     "model.mlp_width": 448,
-    "model.dropout": 0.2,
+    "model.dropout": 0.3,
     "train.weight_decay": 0.05,
-    "train.supervised_steps": 3200,
+    "train.supervised_steps": 3600,
     "train.rl_steps": 150,
+    "partner.share": 0.1,
     "eval.every": 400,
 }
 NO_RL = {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0, "eval.dialogues": 0, "eval.final_dialogues": 0}
