@@ -28,7 +28,7 @@ class Model:
     heads: int = 4
     kv_heads: int = 2
     mlp_width: int = 384
-    conv_width: int = 3  # causal depthwise convolution before each attention; 1 = none
+    conv_width: int = 5  # causal depthwise convolution before each attention; 1 = none
     dropout: float = 0.0
     tied: bool = False  # the embedding is also the output layer
     scan_layers: bool = False  # one compiled layer scanned over; unrolled is faster on a CPU

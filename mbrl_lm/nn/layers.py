@@ -51,14 +51,18 @@ def attend(q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, index: Array | int) -> 
 
 
 class CausalConv(nn.Module):
-    """x + depthwise causal convolution of x: n-gram features, which a small transformer else spends a layer on."""
+    """x + depthwise causal convolution of x: n-gram features, which a small transformer else spends a layer on.
+
+    Random taps give every channel a mixture of neighbours of its own, so that attention finds a token by what stood before it;
+    taps that begin at zero have to break that symmetry first, and looking things up in a context is learnt far later.
+    """
 
     taps: int
 
     @nn.compact
     def __call__(self, x_BTD: Array, cache_BSD: Array | None, index: Array | int) -> tuple[Array, Array | None]:
         T = x_BTD.shape[1]
-        tap_XD = self.param("tap_XD", nn.initializers.zeros, (self.taps, x_BTD.shape[-1])).astype(x_BTD.dtype)
+        tap_XD = self.param("tap_XD", fan_in(self.taps), (self.taps, x_BTD.shape[-1])).astype(x_BTD.dtype)
         if cache_BSD is None:
             window_BTD = jnp.pad(x_BTD, ((0, 0), (self.taps - 1, 0), (0, 0)))
         else:

@@ -147,8 +147,7 @@ class Mediocre:
         place = brief.pick(brief.catalogue.places) if brief.chance(self.careless) else best(brief, beliefs)
         if beliefs.wants and brief.chance(self.lies):
             return speak(brief, "offer", place.name, beliefs.wants)
-        told = tuple(a for a in ATTRIBUTES if a in beliefs.wants and brief.chance(0.8))
-        return offer(brief, place, told or tuple(a for a in ATTRIBUTES if brief.chance(0.4)))
+        return offer(brief, place, tuple(a for a in ATTRIBUTES if brief.chance(0.8 if a in beliefs.wants else 0.6)))
 
 
 class Mixture:
