@@ -53,8 +53,8 @@ def attend(q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, index: Array | int) -> 
 class CausalConv(nn.Module):
     """x + depthwise causal convolution of x: n-gram features, which a small transformer else spends a layer on.
 
-    Random taps give every channel a mixture of neighbours of its own, so that attention finds a token by what stood before it;
-    taps that begin at zero have to break that symmetry first, and looking things up in a context is learnt far later.
+    Random taps give every channel its own mixture of the tokens before, so that attention can find a token by what stands
+    before it. With taps that begin at zero, to look things up in the context is learnt far later.
     """
 
     taps: int
