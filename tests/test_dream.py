@@ -116,6 +116,14 @@ def test_the_metrics_of_a_run(whole):
     assert all(final[name] == pytest.approx(figures[name], rel=1e-6) for name in final if name != "step")
 
 
+def test_figures_are_collected_from_the_runs(whole):
+    done = subprocess.run([sys.executable, ROOT / "results" / "collect.py", whole[0]], capture_output=True, text=True)
+    table = [line.split(",") for line in done.stdout.splitlines()]
+    assert table[0] == ["data", "variant", "seed", "commit", "figure", "value"]
+    assert {row[4]: float(row[5]) for row in table[1:]} == pytest.approx(results(whole[0]), rel=1e-5)
+    assert {tuple(row[:3]) for row in table[1:]} == {("concierge", "tiny", "0")}
+
+
 def test_a_finished_run_says_so_and_does_nothing(whole):
     workdir, _ = whole
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}

@@ -1,15 +1,14 @@
-"""It learns: one batch by heart, a toy on the real path, a toy through imagination alone, to look things up."""
+"""It learns: one batch by heart, a toy on the real path, a toy through imagination alone."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tiny import config_of, dialogue, random_dialogues, tokens, world
 
-from mbrl_lm import config, learner, nn, rollout
+from mbrl_lm import learner, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.scoring import policy_logits
 
@@ -128,52 +127,3 @@ def test_nothing_is_learnt_from_imagination_when_the_world_model_is_useless(seed
     before, after, nll = through_imagination(False, seed)
     assert after < 0.5
     assert nll > 0.2 and 0.15 < before < 0.35
-
-
-# ---- looking things up: a list of things with properties, then what was said of one of them ----
-
-THINGS, PROPERTIES, VALUES = 10, 3, 4  # tokens: a separator, things, then the values of each property
-
-
-def lists_and_questions(rng, rows):
-    """Token rows `thing value value value sep ...`, then `thing value sep ...` with the right value of a random property."""
-    token_BT = np.zeros((rows, 50), np.int32)
-    for row in token_BT:
-        things = 1 + rng.permutation(THINGS)[:5]
-        values = 1 + THINGS + VALUES * np.arange(PROPERTIES) + rng.integers(VALUES, size=(5, PROPERTIES))
-        asked, which = rng.integers(5, size=10), rng.integers(PROPERTIES, size=10)
-        told = [[things[i], *values[i], 0] for i in range(5)]
-        said = [[things[i], values[i, k], 0] for i, k in zip(asked, which, strict=True)]
-        row[:] = np.concatenate(told + said)[:50]
-    return token_BT
-
-
-@pytest.mark.slow
-def test_looking_things_up_is_learnt_in_a_few_hundred_updates():
-    cfg = config_of(train__supervised_steps=400, train__rl_steps=0, train__learning_rate=3e-3, train__warmup=50)
-    net = nn.make_net(
-        config.Model(layers=2, width=128, heads=2, kv_heads=2, mlp_width=256), 1 + THINGS + PROPERTIES * VALUES
-    )
-    optimizer, rng = learner.make_optimizer(cfg.train), np.random.default_rng(0)
-    params = jax.jit(net.init)(jax.random.key(0))
-    answer_T = np.arange(26, 50, 3) - 1  # what is predicted from these positions is an answer
-
-    def loss(params, token_BT):
-        logp_BTV = jax.nn.log_softmax(net.forward(params, token_BT[:, :-1]).logits_BTV)
-        logp_BT = jnp.take_along_axis(logp_BTV, token_BT[:, 1:, None], axis=-1)[..., 0]
-        kind_V = (jnp.arange(logp_BTV.shape[-1]) - 1 - THINGS) // VALUES
-        same_BTV = kind_V[None, None] == kind_V[token_BT[:, 1:]][..., None]
-        right_BT = jnp.argmax(jnp.where(same_BTV, logp_BTV, -jnp.inf), axis=-1) == token_BT[:, 1:]
-        return -jnp.mean(logp_BT), jnp.mean(right_BT[:, answer_T], dtype=jnp.float32)
-
-    @jax.jit
-    def update(params, opt_state, token_BT):
-        (_, right), gradient = jax.value_and_grad(loss, has_aux=True)(params, token_BT)
-        step, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, step), opt_state, right
-
-    opt_state, right = optimizer.init(params), []
-    for _ in range(400):
-        params, opt_state, share = update(params, opt_state, lists_and_questions(rng, 16))
-        right.append(float(share))
-    assert np.mean(right[:20]) < 0.4 and np.mean(right[-20:]) > 0.8

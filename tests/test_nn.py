@@ -127,3 +127,8 @@ def test_noise_reaches_every_parameter():
     params = jax.jit(net.init)(jax.random.key(0))
     gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), params, noisy(params))
     assert min(jax.tree.leaves(gaps)) > 0.01
+
+
+def test_every_channel_begins_with_a_mixture_of_neighbours_of_its_own():
+    taps = [x for path, x in jax.tree_util.tree_leaves_with_path(world(model__conv_width=3).params) if "tap_XD" in str(path)]
+    assert taps and all(np.std(x, axis=1).min() > 0.3 and abs(np.mean(x)) < 0.3 for x in taps)
