@@ -190,14 +190,15 @@ NEGOTIATION = {
     "train.rl_steps": 100,
     "train.rl_learning_rate": 2e-4,
 }
-PAPER = NEGOTIATION | {  # about an hour on two cores
+PAPER = NEGOTIATION | {  # half an hour on two cores
     "model.width": 160,
     "model.heads": 5,
     "model.kv_heads": 5,
     "model.mlp_width": 448,
-    "model.dropout": 0.3,
-    "train.weight_decay": 0.05,
-    "train.supervised_steps": 3600,
+    "model.dropout": 0.4,
+    "train.weight_decay": 0.1,
+    "train.renamed": 0.9,
+    "train.supervised_steps": 2800,
     "train.rl_steps": 150,
     "partner.share": 0.1,
     "eval.every": 400,
