@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 
 from mbrl_lm import config, tokenizer
 from mbrl_lm.data import DATASETS, load
@@ -63,24 +64,27 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         train, others = hold_out(train, cfg.partner.share)
 
     def tokens(records):
-        return encode(records, pieces, protocol, cfg.tokens, cfg.turns) if records else None
+        return encode(records, pieces, protocol, cfg.tokens, cfg.turns)
 
     def renamed(records, *other_sides):
-        return tokens(rename(records, renamings, *other_sides)) if cfg.train.renamed and renamings else None
+        wanted = records and renamings and cfg.train.renamed
+        return tokens(rename(records, renamings, *other_sides)) if wanted else None
 
     return Corpus(
         tokenizer=pieces,
         protocol=protocol,
         train=tokens(train),
         val=tokens(val),
-        others=tokens(others),
+        others=tokens(others) if others else None,
         renamed=renamed(train, val, others),
         others_renamed=renamed(others, val, train),
         val_records=val,
     )
 
 
-def rename(records, renamings, *other_sides) -> list[Record]:
+def rename(
+    records: Sequence[Record], renamings: Callable[[Record], list[Record]], *other_sides: Sequence[Record]
+) -> list[Record]:
     """All renamings of the records, but for those that become a scenario of another side, which must stay unseen here."""
     unseen = {record.scenario for side in other_sides for record in side}
     return [other for record in records for other in renamings(record) if other.scenario not in unseen]
