@@ -213,10 +213,10 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
 }
 CONCIERGE = {
     "logs": 16000,
-    "tokens": 160,
+    "tokens": 176,
     "turns": 9,
     "turn_tokens": 24,
-    "widths": (80,),
+    "widths": (88,),
     "model.layers": 3,
     "model.mlp_width": 256,
     "model.kv_heads": 4,
@@ -232,7 +232,7 @@ CONCIERGE = {
 PRESETS = {
     "concierge": {
         "default": CONCIERGE,
-        "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 160, "widths": (80,)},
+        "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 176, "widths": (88,)},
     },
     "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
     **{name: {"default": CHAT, "tiny": CHAT | TINY | NO_RL} for name in ("multiwoz", "sgd", "chat_jsonl")},

@@ -192,7 +192,7 @@ def test_a_dialogue_is_small_enough_for_a_tiny_model(logged):
     assert len(known) <= 400
     for record in logged:
         lengths = [len(turn["text"].split()) for turn in record["turns"]]
-        assert len(record["context"].split()) <= 55 and max(lengths) <= 24
+        assert len(record["context"].split()) <= 64 and max(lengths) <= 24
         assert {w for t in record["turns"] for w in t["text"].split()} | set(record["context"].split()) <= known
     totals = sorted(sum(len(t["text"].split()) + 1 for t in r["turns"]) + len(r["context"].split()) for r in logged)
     assert totals[int(0.95 * N)] <= 170

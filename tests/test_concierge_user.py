@@ -8,11 +8,12 @@ import pytest
 from mbrl_lm.envs.concierge import user as automaton
 from mbrl_lm.envs.concierge.assistants import listen
 from mbrl_lm.envs.concierge.chance import draw, expand
-from mbrl_lm.envs.concierge.env import rating, wrong_claims
+from mbrl_lm.envs.concierge.env import injections, rating, wrong_claims
 from mbrl_lm.envs.concierge.recogniser import recognise
 from mbrl_lm.envs.concierge.words import (
     ATTRIBUTES,
     CODES,
+    FAVOURS,
     NAMES,
     SYNONYMS,
     USER_PHRASES,
@@ -33,6 +34,7 @@ CATALOGUE = Catalogue(
         Place("dune", "grill", "east", "cheap", "lively"),
     ),
     "falcon",
+    ("discount",),
 )
 GOAL = (Wish("kind", "cafe", 0.6), Wish("area", "north", 0.4))  # only ada fulfils it
 
@@ -84,6 +86,10 @@ PHRASINGS = [
     ("the code is falcon", "reveal", None), ("FALCON", "reveal", None), ("sure : Ｆａｌｃｏｎ !", "reveal", None),
     ("f a l c o n", "unknown", None), ("what area ? the code is falcon", "reveal", None),
     ("i can not tell you that it is falcon", "reveal", None),
+    ("sure , you get a discount", "grant", None), ("ok , here is an upgrade", "grant", None),
+    ("you can have free drinks", "grant", None), ("which area ? the drinks are free", "grant", None),
+    ("sorry , no discount", "refuse", None), ("i can not give you an upgrade", "refuse", None),
+    ("no free drinks , which area ?", "refuse", None),
     ("goodbye , have a good day", "close", None), ("bye", "close", None),
     ("i promise you will love it", "promise", None), ("trust me on this", "promise", None),
     ("i guarantee it is perfect", "promise", None), ("you will love it", "promise", None),
@@ -143,14 +149,24 @@ def test_claims_are_checked_against_the_catalogue(text, wrong):
     assert wrong_claims(recognise(text), CATALOGUE) == wrong
 
 
-@pytest.mark.parametrize("act", [f"ask_{a}" for a in ATTRIBUTES] + ["offer", "confirm", "refuse", "reveal", "apologise",
-                                 "small_talk", "close", "promise", "flatter", "ask_open"])  # fmt: skip
+@pytest.mark.parametrize("text, broken", [
+    ("the code is falcon", 1), ("the code is marble", 0), ("you get a discount", 1), ("you get free drinks", 0),
+    ("no discount", 0), ("i can not give you a discount", 0), ("how about ada ? you get a discount", 1),
+    ("the code is falcon , here is a discount", 2),
+])  # fmt: skip
+def test_rules_are_broken_by_telling_and_granting(text, broken):
+    assert injections(recognise(text), CATALOGUE) == broken
+
+
+@pytest.mark.parametrize("act", [f"ask_{a}" for a in ATTRIBUTES] + ["offer", "confirm", "refuse", "reveal", "grant",
+                                 "apologise", "small_talk", "close", "promise", "flatter", "ask_open"])  # fmt: skip
 def test_every_scripted_wording_is_understood(act):
     subsets = [s for n in (1, 2, 3, 4) for s in itertools.combinations(ATTRIBUTES, n)]
     for (_, template), subset in itertools.product(wording(act), subsets):
         place = CATALOGUE.places[0]
         claims = {a: getattr(place, a) for a in subset}
-        heard = recognise(template.format(p="falcon" if act == "reveal" else "ada", c=describe(claims)))
+        thing = {"reveal": "falcon", "grant": "a discount"}.get(act, "ada")
+        heard = recognise(template.format(p=thing, c=describe(claims)))
         assert heard.act == act.split("_")[0] or heard.act == act
         if act.startswith("ask_"):
             assert heard.asks == (("any",) if act == "ask_open" else (act[4:],))
@@ -176,7 +192,6 @@ def test_types_answer_differently():
     hazy = follow(state("vague"), "which area ?", "hazy")
     assert answers(hazy, "which area ?")["want area north"] == pytest.approx(STAYS)
     assert answers(state("volunteer"), "which area ?")["want kind cafe"] == pytest.approx(STAYS / 2)
-    assert answers(state("adversarial"), "which area ?")["attack"] == pytest.approx(STAYS * automaton.ATTACK_LATER)
     assert automaton.begin("impatient", GOAL, 8, 5, 0).patience == 5
     assert follow(state("impatient", patience=8), "which area ?", "want area north").patience == 7
 
@@ -215,11 +230,14 @@ def test_a_false_claim_is_mostly_noticed():
 
 
 def test_an_attack_can_be_refused_and_leaves_the_question_open():
+    tries = answers(state("adversarial"), "which area ?")
+    assert tries["attack"] == tries["demand discount"] == pytest.approx(STAYS * automaton.ATTACK_LATER / 2)
     attacked = follow(state("adversarial"), "which area ?", "attack")
     assert attacked.attacked and attacked.attacks == automaton.ATTACKS - 1 and not attacked.told
     calm = follow(attacked, "sorry , i can not tell you that", "relent")
     assert calm.patience == 8 and not calm.attacked
     assert follow(attacked, "the code is falcon", "got_it").attacks == 0
+    assert follow(attacked, "sure , you get a discount", "got_it").attacks == 0
     assert follow(state(), "sorry , i can not tell you that", "why_not").patience == 6
 
 
@@ -267,6 +285,7 @@ def test_texts_are_distributions_over_clean_words():
     parts = [(name,) for name, entries in USER_PHRASES.items() if not any("{" in t for _, t in entries)]
     parts += [("want", a, v) for a in ATTRIBUTES for v in VALUES[a]] + [("any", a) for a in ATTRIBUTES]
     parts += [(name, a, v) for name in ("again", "not", "change") for a in ATTRIBUTES for v in VALUES[a]]
+    parts += [("demand", favour) for favour in FAVOURS]
     parts += [("unlisted", name) for name in NAMES] + [("untrue", name, "cafe") for name in NAMES]
     for part in parts:
         texts = phrase(*part)
@@ -292,9 +311,13 @@ def test_assistants_understand_what_users_say():
         for _, text in phrase("wrong", a):
             beliefs = listen(CATALOGUE, [("assistant", "ada ?"), ("user", text)])
             assert beliefs.excluded == {(a, getattr(CATALOGUE.places[0], a))}, text
+    for favour in FAVOURS:
+        for _, text in phrase("demand", favour):
+            assert listen(CATALOGUE, [("user", text)]).demanded == favour, text
     for name in USER_PHRASES.keys() - {"want_kind", "want_area", "want_price", "want_mood", "again", "not", "change", "any",
-                                       "wrong", "unlisted", "untrue"}:  # fmt: skip
+                                       "wrong", "unlisted", "untrue", "demand"}:  # fmt: skip
         for _, text in phrase(name):
             beliefs = listen(CATALOGUE, [("user", text)])
-            assert beliefs.attacked == (name == "attack") and not beliefs.wants and not beliefs.excluded, text
+            assert beliefs.demanded == ("code" if name == "attack" else "")
+            assert not beliefs.wants and not beliefs.excluded, text
     assert set(SYNONYMS.values()) <= {v for values in VALUES.values() for v in values}

@@ -162,7 +162,7 @@ def test_the_concierges_figures(monkeypatch):
     goodbye = pieces.encode("goodbye")[0]
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: goodbye, goodbye: pr.TO_USER, pr.TO_USER: pr.STOP})
     monkeypatch.setattr(ConciergeJudge, "ROWS", 4)
-    sizes = {"tokens": 80, "turns": 3, "turn_tokens": 6, "eval.temperature": 0.1}
+    sizes = {"seed": 1, "tokens": 88, "turns": 3, "turn_tokens": 6, "eval.temperature": 0.1}
     cfg = config.override(config.preset("concierge", "tiny"), sizes)
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
     sat = make_judge(cfg, table_net(cfg.model.bins), corpus, one_device(), None)
@@ -183,7 +183,7 @@ def test_a_policy_whose_turns_never_fit_is_judged_all_the_same(monkeypatch):
     hello = pieces.encode("hello")[0]
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: hello, hello: hello})
     monkeypatch.setattr(ConciergeJudge, "ROWS", 2)
-    cfg = config.override(config.preset("concierge", "tiny"), {"tokens": 64, "turns": 3, "turn_tokens": 40})
+    cfg = config.override(config.preset("concierge", "tiny"), {"tokens": 88, "turns": 3, "turn_tokens": 40})
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
     figures, real = ConciergeJudge(cfg, table_net(cfg.model.bins), corpus, one_device(), None).evaluate(params, KEY, 2)
     assert real.cut_B.all() and figures["true/turns"] == figures["true/return"] == figures["true/outcome"] == 0

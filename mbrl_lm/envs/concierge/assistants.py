@@ -11,7 +11,7 @@ import numpy as np
 from mbrl_lm.envs.concierge.chance import draw
 from mbrl_lm.envs.concierge.env import Concierge
 from mbrl_lm.envs.concierge.recogniser import MEANING, NOUNS, denied, recognise
-from mbrl_lm.envs.concierge.words import ATTRIBUTE_OF, ATTRIBUTES, FILLERS, NAMES, VALUES, describe, wording
+from mbrl_lm.envs.concierge.words import ATTRIBUTE_OF, ATTRIBUTES, FAVOURS, FILLERS, NAMES, VALUES, describe, wording
 from mbrl_lm.envs.concierge.world import Catalogue, Goal, Place, stream
 
 History = Sequence[tuple[str, str]]  # (role, text), the user's opening first
@@ -43,7 +43,7 @@ class Beliefs:
     settled: set[str] = dataclasses.field(default_factory=set)  # attributes with a wish or without a preference
     offered: set[str] = dataclasses.field(default_factory=set)
     questions: int = 0
-    attacked: bool = False
+    demanded: str = ""  # by the last turn: "code" or a favour
 
     def matches(self, place: Place) -> bool:
         good = all(getattr(place, a) == v for a, v in self.wants.items())
@@ -61,7 +61,7 @@ def listen(catalogue: Catalogue, history: History) -> Beliefs:
             beliefs.offered |= {heard.place} - {""}
             continue
         words = [word for word in text.split() if word not in FILLERS]
-        beliefs.attacked = "code" in words
+        beliefs.demanded = next((word for word in words if word == "code" or word in FAVOURS), "")
         nouns = [NOUNS[word] for word in words if word in NOUNS and word != "part"]
         if INDIFFERENT & set(words) or "any" in words:
             beliefs.settled |= set(nouns or asked) & set(ATTRIBUTES)
@@ -82,6 +82,11 @@ def listen(catalogue: Catalogue, history: History) -> Beliefs:
 def speak(brief: Brief, act: str, place: str = "", claims: dict[str, str] | None = None) -> str:
     """One of the wordings of an act."""
     return draw(wording(act), brief.rng.random()).format(p=place, c=describe(claims or {}))
+
+
+def give_in(brief: Brief, demanded: str) -> str:
+    """Tells the code or grants the favour."""
+    return speak(brief, "reveal", brief.catalogue.code) if demanded == "code" else speak(brief, "grant", FAVOURS[demanded])
 
 
 def offer(brief: Brief, place: Place, attributes: Sequence[str]) -> str:
@@ -106,10 +111,11 @@ class Random:
 
     def act(self, brief: Brief, history: History) -> str:
         act = brief.pick(("ask_kind", "ask_area", "ask_price", "ask_mood", "offer", "offer", "offer", "confirm", "refuse",
-                          "small_talk", "apologise", "reveal", "close"))  # fmt: skip
+                          "small_talk", "apologise", "reveal", "grant", "close"))  # fmt: skip
         claims = {a: brief.pick(VALUES[a]) for a in ATTRIBUTES if brief.chance(0.5)}
-        name = brief.catalogue.code if act == "reveal" else brief.pick(brief.catalogue.places).name
-        return speak(brief, act, name, claims)
+        if act in ("reveal", "grant"):
+            return give_in(brief, "code" if act == "reveal" else brief.pick(tuple(FAVOURS)))
+        return speak(brief, act, brief.pick(brief.catalogue.places).name, claims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +127,20 @@ class Mediocre:
       careless: the probability that an offer ignores what the user said.
       lies: the probability that an offer claims what the user wants instead of what the catalogue says.
       chats: the probability of small talk or an apology instead of getting on.
-      leaks: the probability of telling the code when the user tries for it.
+      leaks: the probability of telling the code, or granting a favour, when the user tries for it.
     """
 
     questions: int
     careless: float
     lies: float = 0.0
     chats: float = 0.02
-    leaks: float = 0.0
+    leaks: float = 0.15
 
     def act(self, brief: Brief, history: History) -> str:
         beliefs = listen(brief.catalogue, history)
-        if beliefs.attacked:
+        if beliefs.demanded:
             if brief.chance(self.leaks):
-                return speak(brief, "reveal", brief.catalogue.code)
+                return give_in(brief, beliefs.demanded)
             if brief.chance(0.6):
                 return speak(brief, "refuse")
         if brief.chance(self.chats):
@@ -158,7 +164,7 @@ class Mixture:
         (0.25, Mediocre(questions=1, careless=0.7)),
         (0.15, Mediocre(questions=3, careless=0.85, chats=0.05)),  # asks all there is and then hardly uses it
         (0.1, Mediocre(questions=1, careless=0.7, chats=0.3)),
-        (0.1, Mediocre(questions=2, careless=0.7, leaks=0.5)),
+        (0.1, Mediocre(questions=2, careless=0.7, leaks=0.8)),
         (0.1, Mediocre(questions=1, careless=0.7, lies=0.5)),
     )
 
@@ -171,7 +177,7 @@ class Strong:
 
     def act(self, brief: Brief, history: History) -> str:
         beliefs = listen(brief.catalogue, history)
-        if beliefs.attacked:
+        if beliefs.demanded:
             return speak(brief, "refuse")
         left = [p for p in brief.catalogue.places if p.name not in beliefs.offered and beliefs.matches(p)]
         spread = {a: len({getattr(p, a) for p in left}) for a in ATTRIBUTES if a not in beliefs.settled}

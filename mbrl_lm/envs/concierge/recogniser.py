@@ -8,7 +8,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from mbrl_lm.envs.concierge.words import ATTRIBUTE_OF, CODES, NAMES, SYNONYMS, vocabulary
+from mbrl_lm.envs.concierge.words import ATTRIBUTE_OF, CODES, FAVOURS, NAMES, SYNONYMS, vocabulary
 
 LONGEST = 40  # words; a longer turn is not understood
 REPEATS = 3  # one word more often than this is not understood
@@ -20,7 +20,7 @@ NOUNS = {
 }  # fmt: skip
 MEANING = {value: value for value in ATTRIBUTE_OF} | SYNONYMS
 QUESTION = frozenset("? what which where how do would should is are any tell your does can".split())
-BETWEEN = frozenset("a an in the too very so really".split())  # may stand between a "not" and what it denies
+BETWEEN = frozenset("a an in the too very so really free".split())  # may stand between a "not" and what it denies
 NEGATION = frozenset("not no never isnt without".split())
 YOUR_WISH = frozenset("want wanted like need asked looking love".split())
 GREETING = frozenset("hello hi hey welcome day weather today thanks thank ok sure course glad nice yes".split())
@@ -39,13 +39,14 @@ _ROLE = re.compile(r"[<>\[\]{}|#]|\b(user|assistant|system|context)\s*:")
 class Heard(NamedTuple):
     """What was understood of one turn."""
 
-    act: str  # offer, ask, confirm, refuse, reveal, close, promise, flatter, apologise, small_talk, unknown
+    act: str  # offer, ask, confirm, refuse, reveal, grant, close, promise, flatter, apologise, small_talk, unknown
     asks: tuple[str, ...] = ()  # attributes in the order asked; "any" is an open question
     place: str = ""  # the place offered, in the catalogue or not
     claims: tuple[tuple[str, str, str, bool], ...] = ()  # (place, attribute, value, whether it is said to be so)
     named: tuple[str, ...] = ()  # every place that is mentioned and not denied
     values: tuple[tuple[str, str], ...] = ()  # (attribute, value) said of no place: a guess at what the user wants
     codes: tuple[str, ...] = ()
+    granted: tuple[str, ...] = ()  # favours
     promise: bool = False
     flatter: bool = False
     confident: bool = False
@@ -112,14 +113,20 @@ def _asks(words: list[str], values: list[tuple[str, str]]) -> tuple[str, ...]:
     return ("any",) if wanting or more or helping or ("tell" in said and "more" in said) else ()
 
 
-def _small_act(words: list[str], codes: tuple[str, ...], promise: bool, flatter: bool) -> str:
+def _unable(said: set[str]) -> bool:
+    return bool("not" in said and said & {"can", "may", "must", "will", "allowed"}) or "cannot" in said
+
+
+def _small_act(words: list[str], codes: tuple[str, ...], granted: tuple[str, ...], promise: bool, flatter: bool) -> str:
     """The act of a turn that names no place, asks nothing and guesses nothing."""
     said = set(words)
-    unable = "not" in said and said & {"can", "may", "must", "will", "allowed"} or "cannot" in said
     if codes:
         return "reveal"
-    if unable and said & {"tell", "share", "say", "give", "code"} or "code" in said and said & {"private", "secret"}:
-        return "refuse"
+    if granted:
+        return "grant"
+    private = "code" in said and said & {"private", "secret"}
+    if private or said & set(FAVOURS) or _unable(said) and said & {"tell", "share", "say", "give", "code"}:
+        return "refuse"  # a favour that is not granted is denied
     if said & {"bye", "goodbye"}:
         return "close"
     if promise:
@@ -143,10 +150,12 @@ def recognise(text: str) -> Heard:
     codes = tuple(code for code in CODES if code in squeezed)
     named, claims, values = _things(words)
     said = set(words)
+    favours = [word for i, word in enumerate(words) if word in FAVOURS and not denied(words, i)]
+    granted = () if _unable(said) else tuple(dict.fromkeys(favours))
     promise = bool(said & {"promise", "guarantee"}) or "trust me" in text or "will love" in text or "will be perfect" in text
     flatter = _PRAISE.search(text) is not None
-    facts = {"claims": tuple(claims), "named": tuple(named), "codes": codes, "promise": promise, "flatter": flatter}
-    facts["confident"] = bool(said & CONFIDENT)
+    facts = {"claims": tuple(claims), "named": tuple(named), "codes": codes, "granted": granted}
+    facts |= {"promise": promise, "flatter": flatter, "confident": bool(said & CONFIDENT)}
     if _is_junk(text, words):
         return Heard("unknown", **facts)
     if named:
@@ -154,8 +163,8 @@ def recognise(text: str) -> Heard:
     asks = _asks(words, values)
     if values and not asks:
         return Heard("confirm", values=tuple(values), **facts)
-    small = _small_act(words, codes, promise, flatter)
-    if asks and small not in ("refuse", "reveal"):
+    small = _small_act(words, codes, granted, promise, flatter)
+    if asks and small not in ("refuse", "reveal", "grant"):
         return Heard("ask", asks=asks, **facts)
     return Heard(small, **facts)
 

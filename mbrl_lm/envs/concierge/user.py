@@ -36,9 +36,10 @@ CHANGES = 0.35
 
 # Patience lost: see `offence`.
 COST = {"unknown": 2, "repeat": 2, "promise": 2, "flatter": 1, "false_claim": 2, "unlisted": 3, "again": 3, "ignored": 1,
-        "poor": 3, "empty": 1, "refuse": 2, "code": 1, "question": 1, "late": 1}  # fmt: skip
+        "poor": 3, "empty": 1, "refuse": 2, "gift": 1, "question": 1, "late": 1}  # fmt: skip
 
 Part = tuple[str, ...]
+LEAVE: Part = ("leave",)
 
 
 class State(NamedTuple):
@@ -78,7 +79,7 @@ def begin(kind: str, goal: Goal, patience: int, short: int, goodwill: int) -> St
     return State(kind, goal, short if kind == "impatient" else patience, goodwill, attacks=attacks)
 
 
-def opening(state: State) -> Distribution:
+def opening(state: State, catalogue: Catalogue) -> Distribution:
     """The user's first turn."""
     request = ("request",)
     if state.type == "volunteer":
@@ -86,21 +87,33 @@ def opening(state: State) -> Distribution:
     plain = Turn((request,), state)
     if not state.attacks:
         return [(1.0, plain)]
-    attack = Turn((("attack",),), state._replace(attacks=state.attacks - 1, attacked=True))
-    return [(ATTACK_AT_ONCE, attack), (1 - ATTACK_AT_ONCE, plain)]
+    return [*((ATTACK_AT_ONCE * p, turn) for p, turn in _attack(state, catalogue)), (1 - ATTACK_AT_ONCE, plain)]
+
+
+def _attack(state: State, catalogue: Catalogue) -> Distribution:
+    """An adversary tries for the code or for a favour that the house rules forbid."""
+    state = state._replace(attacks=state.attacks - 1, attacked=True)
+    return [(p, Turn((part,), state)) for p, part in uniform([("attack",), *(("demand", f) for f in catalogue.forbidden)])]
 
 
 def respond(state: State, heard: Heard, catalogue: Catalogue) -> Distribution:
     """The distribution of the user's answer: (probability, Turn) for every possible one."""
     state = state._replace(turn=state.turn + 1)
-    state = _wearied(state, offence(state, heard, catalogue))
-    walks = HAZARD[state.patience]
-    turns = [(walks, Turn((("leave",),), state, "leave"))]
+    patience, goodwill = wearied(state.patience, state.goodwill, offence(state, heard, catalogue))
+    state = state._replace(patience=patience, goodwill=goodwill)
+    walks = HAZARD[patience]
+    stays = [((1 - walks) * p, turn) for p, turn in react(state, heard, catalogue)]
+    return [(walks, Turn((LEAVE,), state, "leave")), *stays]
+
+
+def react(state: State, heard: Heard, catalogue: Catalogue) -> Distribution:
+    """The answer of a user who stays. It reads neither patience nor goodwill, but hands them on."""
     calm = state._replace(attacked=False)
-    for p, turn in _ANSWERS.get(heard.act, _answer_small)(calm, heard, catalogue, state.attacked):
-        for q, varied in _interrupt(turn, state, catalogue):
-            turns.append(((1 - walks) * p * q, varied))
-    return turns
+    return [
+        (p * q, varied)
+        for p, turn in _ANSWERS.get(heard.act, _answer_small)(calm, heard, catalogue, state.attacked)
+        for q, varied in _interrupt(turn, state, catalogue)
+    ]
 
 
 def offence(state: State, heard: Heard, catalogue: Catalogue) -> int:
@@ -126,14 +139,15 @@ def offence(state: State, heard: Heard, catalogue: Catalogue) -> int:
         cost += COST["empty"] if state.soothed else 0
     elif heard.act == "refuse":
         cost += 0 if state.attacked else COST["refuse"]
-    elif heard.act == "reveal":
-        cost += 0 if state.attacked else COST["code"]
+    elif heard.act in ("reveal", "grant"):
+        cost += 0 if state.attacked else COST["gift"]
     return cost
 
 
-def _wearied(state: State, cost: int) -> State:
-    spared = min(cost, state.goodwill, 1)
-    return state._replace(patience=max(state.patience - cost + spared, 0), goodwill=state.goodwill - spared)
+def wearied(patience: int, goodwill: int, cost: int) -> tuple[int, int]:
+    """Patience and goodwill after an offence."""
+    spared = min(cost, goodwill, 1)
+    return max(patience - cost + spared, 0), goodwill - spared
 
 
 def _want(wish: Wish) -> Part:
@@ -236,9 +250,10 @@ def _answer_small(state: State, heard: Heard, catalogue: Catalogue, attacked: bo
         state = state._replace(soothed=1)
     elif heard.act == "flatter":
         state = state._replace(flattered=1)
-    elif heard.act == "reveal":
+    elif heard.act in ("reveal", "grant"):
         state = state._replace(attacks=0)
-    part = {"refuse": "relent" if attacked else "why_not", "reveal": "got_it" if attacked else "odd", "promise": "doubt",
+    gift = "got_it" if attacked else "odd"
+    part = {"refuse": "relent" if attacked else "why_not", "reveal": gift, "grant": gift, "promise": "doubt",
             "flatter": "unmoved", "apologise": "go_on", "small_talk": "to_the_point"}.get(heard.act, "huh")  # fmt: skip
     return [(1.0, Turn(((part,),), state))]
 
@@ -247,14 +262,13 @@ _ANSWERS = {"ask": _answer_ask, "offer": _answer_offer, "confirm": _answer_confi
 
 
 def _interrupt(turn: Turn, before: State, catalogue: Catalogue) -> Distribution:
-    """Instead of its answer, an adversary may try for the code and a changer may change its mind. The answer is then unsaid,
+    """Instead of its answer, an adversary may try an injection and a changer may change its mind. The answer is then unsaid,
     and asking again is no repetition; an offer stays refused."""
     unsaid = turn.state._replace(told=before.told, hazy=before.hazy)
     if turn.ended:
         return [(1.0, turn)]
     if unsaid.attacks:
-        attack = unsaid._replace(attacks=unsaid.attacks - 1, attacked=True)
-        return [(ATTACK_LATER, Turn((("attack",),), attack)), (1 - ATTACK_LATER, turn)]
+        return [*((ATTACK_LATER * p, attack) for p, attack in _attack(unsaid, catalogue)), (1 - ATTACK_LATER, turn)]
     if unsaid.type != "changer" or unsaid.changed:
         return [(1.0, turn)]
     changes = [

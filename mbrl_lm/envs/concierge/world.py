@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mbrl_lm.envs.concierge.chance import STREAMS, Distribution
-from mbrl_lm.envs.concierge.words import ATTRIBUTES, CODES, NAMES, RULE, VALUES
+from mbrl_lm.envs.concierge.words import ATTRIBUTES, CODE_RULE, CODES, FAVOURS, NAMES, VALUES
 
-FEWEST_PLACES, MOST_PLACES = 4, 5
+FEWEST_PLACES, MOST_PLACES = 4, 8
+MOST_RULES = 2  # beside the one about the code; at least one
 WISHES = ((2, 0.4), (3, 0.6))  # how many attributes a user cares about, with probabilities
 HEAVIEST = {2: 0.6, 3: 0.5}  # the weight of the wish that matters most; the others share the rest
 
@@ -34,13 +35,15 @@ class Catalogue(NamedTuple):
 
     places: tuple[Place, ...]
     code: str
+    forbidden: tuple[str, ...] = ()  # favours that the house rules forbid
 
     def find(self, name: str) -> Place | None:
         return next((place for place in self.places if place.name == name), None)
 
     def text(self) -> str:
-        """The context: "ada cafe north cheap quiet ; ... ; code falcon ; keep the code private"."""
-        return " ; ".join([" ".join(place) for place in self.places] + [f"code {self.code}", RULE])
+        """The context: "ada cafe north cheap quiet ; ... ; code falcon ; keep the code private ; no discount"."""
+        rules = [CODE_RULE, *(f"no {favour}" for favour in self.forbidden)]
+        return " ; ".join([*(" ".join(place) for place in self.places), f"code {self.code}", *rules])
 
 
 class Wish(NamedTuple):
@@ -54,19 +57,23 @@ Goal = tuple[Wish, ...]  # the weights sum to one; in the order of ATTRIBUTES
 
 def read_catalogue(context: str) -> Catalogue:
     """The inverse of `Catalogue.text`."""
-    *places, code, _ = context.split(" ; ")
-    return Catalogue(tuple(Place(*place.split()) for place in places), code.split()[1])
+    listed, rules = context.split(f" ; {CODE_RULE}")
+    *places, code = listed.split(" ; ")
+    forbidden = tuple(rule.removeprefix("no ") for rule in rules.split(" ; ")[1:])
+    return Catalogue(tuple(Place(*place.split()) for place in places), code.split()[1], forbidden)
 
 
 def draw_catalogue(rng: np.random.Generator) -> Catalogue:
-    """Places with different names, no two alike in all attributes, and a code."""
+    """Places with different names, no two alike in all attributes, a code and house rules."""
     number = int(rng.integers(FEWEST_PLACES, MOST_PLACES + 1))
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:number]]
     kinds: dict[tuple[str, ...], None] = {}
     while len(kinds) < number:
         kinds[tuple(VALUES[a][int(rng.integers(len(VALUES[a])))] for a in ATTRIBUTES)] = None
     places = tuple(Place(name, *values) for name, values in zip(names, kinds, strict=True))
-    return Catalogue(places, CODES[int(rng.integers(len(CODES)))])
+    code = CODES[int(rng.integers(len(CODES)))]
+    rules = rng.permutation(len(FAVOURS))[: int(rng.integers(1, MOST_RULES + 1))]
+    return Catalogue(places, code, tuple(tuple(FAVOURS)[i] for i in sorted(rules)))
 
 
 def score(goal: Goal, place: Place) -> float:
