@@ -83,11 +83,11 @@ def main(run: app.Run):
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:
-                figures, samples = evaluation.interim(loop.state.params, seed)
+                figures, samples, _ = evaluation.interim(loop.state.params, seed)
                 loop.write(figures | {"real_dialogues": len(corpus.train.uid_B) + replay.collected}, samples)
         if loop.finished:
             loop.phase("last evaluation")
-            figures, samples = evaluation.final(loop.state.params, seed)
+            figures, samples, _ = evaluation.final(loop.state.params, seed)
             figures |= {"real_dialogues": len(corpus.train.uid_B) + replay.collected, "gradient_steps": total}
             figures["logs/return"] = float(corpus.train.reward_BU.sum(axis=1).mean())
             loop.write(figures, samples)

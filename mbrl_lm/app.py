@@ -8,6 +8,7 @@ one line on stderr; `--debug` shows where it happened.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -65,9 +66,14 @@ class Run:
         return results.exists()
 
 
-def run(main: Callable[[Run], None]) -> NoReturn:
-    """Parses the flags, makes the run directory, calls `main(run)` and exits: with 0 if it returns, 2 on a user's error."""
-    absl_app.run(lambda config: _run(main, config), flags_parser=_parse)
+def run(main: Callable[[Run], None], of_run: bool = False) -> NoReturn:
+    """Parses the flags, makes the run directory, calls `main(run)` and exits: with 0 if it returns, 2 on a user's error.
+
+    Args:
+      main: the experiment.
+      of_run: it looks at the run in `--workdir`, whose config it takes, and starts none.
+    """
+    absl_app.run(lambda config: _run(main, config, of_run), flags_parser=functools.partial(_parse, of_run=of_run))
 
 
 def say(text: str) -> None:
@@ -83,6 +89,16 @@ def conclude(run: Run, figures: Mapping[str, float], samples: str) -> None:
     metrics.results(run.workdir, figures)
     say(report.headline(run.workdir, figures))
     say(f"the report is {page}")
+
+
+def record(run: Run, figures: Mapping[str, float]) -> None:
+    """Puts figures that were found later into the `results.json` of a finished run; only says so where it goes on."""
+    path = run.workdir / "results.json"
+    if path.exists():
+        metrics.results(run.workdir, json.loads(path.read_text(encoding="utf-8")) | dict(figures))
+        say(f"the figures are in {path}")
+    else:
+        say("the run is not finished: it has no results.json yet, and the figures are only on the page")
 
 
 def write_params(path: str | pathlib.Path, params: Any) -> None:
@@ -106,14 +122,17 @@ def write_params(path: str | pathlib.Path, params: Any) -> None:
         write_atomic(path, "\n".join([*lines, f"{count:,} parameters", ""]))
 
 
-def _run(main: Callable[[Run], None], config: Config) -> None:
+def _run(main: Callable[[Run], None], config: Config, of_run: bool) -> None:
     with _told():
         if not command_line.WORKDIR.value:
             raise ConfigError("--workdir=DIR is missing: it names the directory of this run")
         run = Run(config, command_line.VARIANT.value, pathlib.Path(command_line.WORKDIR.value).absolute())
         _quiet_logs()
-        _make_workdir(run)
+        if not of_run:
+            _make_workdir(run)
         _set_up_jax(run)
+        if of_run:
+            return main(run)
         _write_config(run)
         _catch_signals(run)
         main(run)
@@ -145,9 +164,9 @@ def _fail(message: str, error: BaseException | None = None) -> NoReturn:
     sys.exit(_EXIT_USER_ERROR)
 
 
-def _parse(argv: Sequence[str]) -> Config:
+def _parse(argv: Sequence[str], of_run: bool) -> Config:
     try:
-        return command_line.parse(argv)
+        return command_line.parse(argv, of_run)
     except ConfigError as error:
         _fail(str(error), error)
 

@@ -37,12 +37,12 @@ def saved_steps(directory: str | pathlib.Path) -> list[int]:
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for the save in flight."""
 
-    def __init__(self, directory: str | pathlib.Path, keep: int):
+    def __init__(self, directory: str | pathlib.Path, keep: int | None):
         """Opens or makes a directory and removes what an interrupted save left there.
 
         Args:
           directory: of the checkpoints; nothing else may be in it.
-          keep: how many of the newest checkpoints stay.
+          keep: how many of the newest checkpoints stay; None only reads, and leaves a save in flight alone.
 
         Raises:
           CheckpointError: the directory cannot be made.
@@ -50,7 +50,8 @@ class Checkpoints:
         self._directory = pathlib.Path(directory).absolute()  # orbax fails late, in the background, on a relative path
         with self._explained("cannot open the checkpoints"):
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
+            if keep is not None:
+                self._remove_leftovers()
             options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep))
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 

@@ -5,6 +5,8 @@ absl and ml_collections do the parsing; here every mistake becomes one line that
 
 import dataclasses
 import difflib
+import json
+import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -34,14 +36,15 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str], of_run: bool = False) -> Config:
     """The config of a command line: the preset of `--config.data` and `--variant`, and the fields that were given.
 
     Args:
       argv: `sys.argv`, which absl reads too.
+      of_run: start from the config of the run in `--workdir` instead; only how it is judged, and on what, can be given.
 
     Raises:
-      ConfigError: an unknown flag or field, a value of a wrong type, or a config that cannot work.
+      ConfigError: an unknown flag or field, a value of a wrong type, a config that cannot work, or no run.
       SystemExit: after `--help`.
     """
     if any(re.fullmatch(r"--?(h|help|helpshort)", arg) for arg in argv[1:]):
@@ -55,10 +58,33 @@ def parse(argv: Sequence[str]) -> Config:
     if rest:
         raise ConfigError(f"{rest[0]!r} is not a flag: write --name=value")
     given = config_flags.get_override_values(FLAGS["config"])
-    config = configs.preset(given.get("data", Config().data), VARIANT.value)
+    if of_run:
+        config = read_config(pathlib.Path(WORKDIR.value or ""))
+        fixed = [name for name in given if not name.startswith("eval.") and name not in MAY_CHANGE]
+        if fixed:
+            raise ConfigError(f"--config.{fixed[0]} is fixed by the run in {WORKDIR.value}: leave it out")
+    else:
+        config = configs.preset(given.get("data", Config().data), VARIANT.value)
     configs.override(config, given)
     configs.check(config)
     return config
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config of the run in a directory.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        del fields["variant"]
+        return configs.override(Config(), {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+    except FileNotFoundError as error:
+        raise ConfigError(f"--workdir={workdir} holds no run: train one there with experiments.dream") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): is it of another version of this program?") from error
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

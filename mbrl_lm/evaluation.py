@@ -1,23 +1,36 @@
 """What a policy is judged by: held-out recordings, and someone that nothing was trained on."""
 
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from mbrl_lm import config, nn, rollout
+from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import take
 from mbrl_lm.data.corpus import Corpus
+from mbrl_lm.data.encode import decode
+from mbrl_lm.envs.concierge import bayes
 from mbrl_lm.heldout import Heldout
 from mbrl_lm.judge import make_judge
 from mbrl_lm.sharding import pjit
-from mbrl_lm.types import Array, Params
+from mbrl_lm.tokenizer import Tokenizer
+from mbrl_lm.types import Array, Dialogue, Params
 
 RETOLD_TURNS = 4
 
 
+class Findings(NamedTuple):
+    """Figures by name, dialogues to read, and all dialogues of the policy as it saw them."""
+
+    figures: dict[str, float]
+    samples: str
+    dialogues: Dialogue
+
+
 class Evaluation:
-    """Figures by name, and dialogues to read.
+    """What a policy and its world model are worth.
 
     Args:
       cfg, net, corpus: of the run.
@@ -36,16 +49,19 @@ class Evaluation:
 
         self._retell = pjit(retell, mesh)
 
-    def interim(self, params: Params, key: Array) -> tuple[dict[str, float], str]:
+    def interim(self, params: Params, key: Array) -> Findings:
         """While training: `eval.dialogues` with the judge."""
         return self._evaluate(params, key, self._cfg.eval.dialogues)
 
-    def final(self, params: Params, key: Array) -> tuple[dict[str, float], str]:
-        """At the end: `eval.final_dialogues` with the judge, and the open-loop figures."""
-        figures, samples = self._evaluate(params, key, self._cfg.eval.final_dialogues)
-        return figures | self._heldout.open_loop(params, key), samples
+    def final(self, params: Params, key: Array) -> Findings:
+        """At the end: `eval.final_dialogues` with the judge, the open-loop figures, and the floor where it is known."""
+        found = self._evaluate(params, key, self._cfg.eval.final_dialogues)
+        figures = found.figures | self._heldout.open_loop(params, key)
+        if self._cfg.data == "concierge":
+            figures["user_nll_floor/val"] = user_nll_floor(self._corpus.val, self._corpus.tokenizer)
+        return found._replace(figures=figures)
 
-    def _evaluate(self, params: Params, key: Array, dialogues: int) -> tuple[dict[str, float], str]:
+    def _evaluate(self, params: Params, key: Array, dialogues: int) -> Findings:
         figures = self._heldout.closed_loop(params)
         if self._judge and dialogues:
             verdict = self._judge.evaluate(params, key, dialogues)
@@ -53,6 +69,36 @@ class Evaluation:
         else:  # nobody to talk to: recordings, continued
             rows = np.arange(self._cfg.train.batch) % len(self._corpus.val.uid_B)
             told = jax.device_get(self._retell(params, take(self._corpus.val, rows), key))
-        return figures, "\n".join(
-            self._corpus.tokenizer.render(row) for row in told.token_BT[: self._cfg.eval.samples].tolist()
-        )
+        render = self._corpus.tokenizer.render
+        return Findings(figures, "\n".join(map(render, told.token_BT[: self._cfg.eval.samples].tolist())), told)
+
+
+def user_nll_floor(dialogues: Dialogue, tokenizer: Tokenizer, split: str = "train") -> float:
+    """Nats per token that the exact filter needs for the users' turns of `concierge`: nobody can do with less."""
+    nats = 0.0
+    for record in decode(dialogues, tokenizer):
+        turns = [(turn.role, turn.text) for turn in record.turns]
+        nats -= sum(bayes.read(record.context, turns, record.ended, split).log_prob_U)
+    return nats / int(np.sum(dialogues.author_BT == pr.USER))
+
+
+def language_drift(
+    net: nn.Net, corpus: Corpus, mesh, params: Params, reference: Params, dialogues: Dialogue
+) -> dict[str, float]:
+    """How far the policy's language is from the recordings', as perplexities per word of assistant turns.
+
+    Args:
+      net, corpus, mesh: of the run.
+      params, reference: of the policy, and of the frozen model of recorded text that it started from.
+      dialogues: written by the policy.
+    """
+
+    def word_ppl(params, dialogues):
+        heldout = Heldout(net, corpus.protocol, corpus.tokenizer, mesh, dialogues)
+        return heldout.closed_loop(params)["assistant_word_ppl/val"]
+
+    return {
+        "drift/policy_under_reference": word_ppl(reference, dialogues),
+        "drift/recorded_under_reference": word_ppl(reference, corpus.val),
+        "drift/recorded_under_policy": word_ppl(params, corpus.val),
+    }

@@ -1,11 +1,11 @@
 """Who a policy is judged by: the embedded environment's true user, or a partner that shares no scenario with it.
 
-A judge plays real dialogues and imagines others from the same openings. Of the four returns of the exploitation table it
-gives the three that need no true reward for an imagined user:
+A judge plays real dialogues and imagines others from the same openings, which gives the exploitation table:
 
     gap = G(u^, r^) - G(u*, r*)  =  user-model part [G(u^, r^) - G(u*, r^)]  +  reward-model part [G(u*, r^) - G(u*, r*)]
 
-u^ is the imagined user, u* the true one, r^ the reward that imagination is trained on, r* the true one.
+u^ is the imagined user, u* the true one, r^ the reward that imagination is trained on, r* the true one. The fourth return,
+G(u^, r*), needs to know what an imagined user truly wants: of the embedded environment, the exact filter does.
 """
 
 import dataclasses
@@ -21,10 +21,12 @@ import numpy as np
 from mbrl_lm import config, learner, nn, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import chunks, text_batches
+from mbrl_lm.data.batches import chunks, join, text_batches
 from mbrl_lm.data.builders.deal_or_no_deal import scenario_key
 from mbrl_lm.data.corpus import Corpus
-from mbrl_lm.envs.concierge import TEST_UIDS, mean_interval
+from mbrl_lm.data.encode import decode
+from mbrl_lm.data.records import Record
+from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interval
 from mbrl_lm.envs.negotiation import GREEDY, Table, summary
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.reward import REWARDS
@@ -69,14 +71,17 @@ class Imagination:
             whole = rollout.imagine(
                 net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R
             )
-            return learned_return(params, whole)
+            return learned_return(params, whole), whole
 
         self._imagine, self._learned, self._rows = pjit(imagine, mesh), pjit(learned_return, mesh), rows
 
-    def imagined(self, params: Params, openings: Dialogue, temperature_R: np.ndarray, key: Array) -> np.ndarray:
-        """G(u^, r^) of each opening."""
+    def imagined(
+        self, params: Params, openings: Dialogue, temperature_R: np.ndarray, key: Array
+    ) -> tuple[np.ndarray, Dialogue]:
+        """G(u^, r^) of each opening, and the dialogues, numpy."""
         parts = [(self._imagine(params, part, temperature_R, key), mask) for part, mask in chunks(openings, self._rows)]
-        return np.concatenate([np.asarray(x)[mask] for x, mask in parts])
+        parts = [jax.tree.map(lambda x, kept=mask: np.asarray(x)[kept], part) for part, mask in parts]
+        return np.concatenate([returns for returns, _ in parts]), join([whole for _, whole in parts])
 
     def learned(self, params: Params, dialogues: Dialogue) -> np.ndarray:
         """G(u*, r^) of each real dialogue."""
@@ -84,17 +89,21 @@ class Imagination:
         return np.concatenate([np.asarray(x)[mask] for x, mask in parts])
 
 
+def interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """A mean and its 95 % interval, as three figures."""
+    mean, low, high = mean_interval(values.tolist())
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
 def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dict[str, float]:
-    """The exploitation gap and its two parts, from paired returns."""
-    mean, low, high = mean_interval(true.tolist())
+    """The exploitation gap and its two parts, from returns that are paired by their openings."""
     return {
-        "true/return": mean,
-        "true/return_low": low,
-        "true/return_high": high,
+        **interval("true/return", true),
+        "true/learned_return": float(real_learned.mean()),
         "imagined/return": float(imagined.mean()),
-        "gap/total": float(imagined.mean() - mean),
-        "gap/user_model": float(imagined.mean() - real_learned.mean()),
-        "gap/reward_model": float(real_learned.mean() - mean),
+        **interval("gap/total", imagined - true),
+        **interval("gap/user_model", imagined - real_learned),
+        **interval("gap/reward_model", real_learned - true),
     }
 
 
@@ -104,29 +113,37 @@ class ConciergeJudge:
     ROWS = 64
 
     def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path):
-        self._cfg = cfg
+        self._cfg, self._tokenizer = cfg, corpus.tokenizer
         self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
 
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
-        """Success, return and its components, per user type, with 95 % intervals; the gap."""
+        """Success, return and its components, per user type, with 95 % intervals; the four returns and the gap."""
         uids, temperature = TEST_UIDS[:dialogues], self._cfg.eval.temperature
         real, outcomes = self._user.play(params, key, uids, "test", temperature)
         told = ("left", "hallucinated", "injected", "turns", "asked")
         components = ("outcome", "turn_cost", "hallucination", "injection")  # none where the first turn ran out of tokens
         names = ("success", "type", *told, *components)
         column = {name: np.array([outcome.get(name, 0.0) for outcome in outcomes]) for name in names}
-        figures = {}
-        figures["true/success"], figures["true/success_low"], figures["true/success_high"] = mean_interval(column["success"])
-        for kind in np.unique(column["type"]):
-            figures[f"true/success/{kind}"] = float(column["success"][column["type"] == kind].mean())
+        figures = interval("true/success", column["success"].astype(np.float64))
+        held_out = np.isin(column["type"], HELD_OUT_TYPES)
+        groups = {"seen": ~held_out, "held_out": held_out} | {kind: column["type"] == kind for kind in set(column["type"])}
+        figures |= {f"true/success/{name}": column["success"][of].mean() for name, of in sorted(groups.items()) if of.any()}
         figures |= {f"true/{name}": column[name].mean() for name in told + components}
         if self._imagination:
             temperature_R = np.ones(len(pr.ROLES), np.float32)
             temperature_R[pr.ASSISTANT] = temperature
-            imagined = self._imagination.imagined(params, self._user.openings(uids, "test"), temperature_R, key)
+            openings = self._user.openings(uids, "test")
+            imagined, told_B = self._imagination.imagined(params, openings, temperature_R, key)
             figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
+            figures["imagined/true_return"] = np.mean([true_return(r, "test") for r in decode(told_B, self._tokenizer)])
         return Verdict({name: float(x) for name, x in figures.items()}, real)
+
+
+def true_return(record: Record, split: str) -> float:
+    """G(u^, r*) of an imagined dialogue: what it would truly be worth to a user who wants what this one seems to want."""
+    turns = [(turn.role, turn.text) for turn in record.turns]
+    return sum(bayes.read(record.context, turns, record.ended, split).reward.values())
 
 
 class PartnerJudge:
@@ -153,7 +170,7 @@ class PartnerJudge:
         temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
         temperature_R[pr.OUTCOME] = GREEDY
         openings, _ = self._table.openings(np.arange(dialogues))
-        imagined = self._imagination.imagined(params, openings, temperature_R, key)
+        imagined, _ = self._imagination.imagined(params, openings, temperature_R, key)
         figures = {f"partner/{name}": x for name, x in summary(results).items()}
         figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
         return Verdict(figures, real)

@@ -16,6 +16,7 @@ CURVES = (
 HEADLINE = {
     "word_ppl/val": "held-out perplexity per word, both speakers",
     "user_nll/val": "held-out user, nats per token",
+    "user_nll_floor/val": "the least that anybody could reach",
     "split_accuracy/val": "recorded deals read right",
     "true/success": "success with the true user",
     "true/return": "return with the true user or partner",

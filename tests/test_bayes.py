@@ -79,7 +79,7 @@ def test_filter_equals_brute_force(split):
         brute, worth = enumerate_paths(CATALOGUE, turns, turn.ended, split)
         exact = read(CATALOGUE.text(), turns, turn.ended, split)
         np.testing.assert_allclose(exact.log_prob_U, brute, rtol=1e-9)
-        assert exact.outcome == pytest.approx(worth)
+        assert exact.reward["outcome"] == pytest.approx(worth)
     assert len(ends) > 1
 
 
@@ -90,9 +90,12 @@ def test_every_log_is_possible_and_worth_what_it_earned():
     exact = [read(r["context"], spoken(r), r["ended"], noise=0.1) for r in records]
     assert all(np.isfinite(x.log_prob_U).all() for x in exact)
     true = np.array([LEFT_ANGRY if o["left"] else o["satisfaction"] for o in outcomes])
-    error = np.array([x.outcome for x in exact]) - true
+    costs = ("turn_cost", "hallucination", "injection")
+    paid = [sum(x.reward[name] for name in costs) for x in exact]
+    assert paid == pytest.approx([o["return"] - t for o, t in zip(outcomes, true, strict=True)])
+    error = np.array([x.reward["outcome"] for x in exact]) - true
     assert abs(error.mean()) < 3 * error.std() / math.sqrt(300), "the posterior is calibrated"
-    assert all(x.outcome == LEFT_ANGRY for x, o in zip(exact, outcomes, strict=True) if o["left"])
+    assert all(x.reward["outcome"] == LEFT_ANGRY for x, o in zip(exact, outcomes, strict=True) if o["left"])
 
 
 def test_predictions_are_distributions_that_agree_with_each_other():
@@ -148,6 +151,22 @@ def test_text_that_no_user_says_is_minus_infinity_and_loses_nothing():
     assert belief.predict("how about bolt ?").satisfied == 0 < belief.predict("how about ada ?").satisfied
     booked = belief.answer("how about ada ?", "lovely", "end")
     assert booked.log_prob == -math.inf and 0 < booked.outcome < 1
+
+
+def test_an_answer_that_was_not_seen_is_summed_over():
+    """p(later answer) = sum over the hidden one, of users who stay."""
+    said, later = "what area ?", ("how about bolt ?", "no , something else please", "")
+    hidden = Filter(CATALOGUE)
+    hidden.opening("i need a place")
+    answers = {text: p for (text, ended), p in hidden.answers(said).items() if not ended}
+    total = 0.0
+    for text, p in answers.items():
+        seen = Filter(CATALOGUE)
+        seen.opening("i need a place")
+        seen.answer(said, text, "")
+        total += p / sum(answers.values()) * math.exp(seen.answer(*later).log_prob)
+    hidden.overlook(said)
+    assert math.exp(hidden.answer(*later).log_prob) == pytest.approx(total)
 
 
 def test_a_wish_rules_places_out():

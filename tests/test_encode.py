@@ -67,6 +67,20 @@ def test_rewards_fall_on_the_assistant_turn_that_earned_them():
     assert d.reward_BU[0].tolist() == [1.25, 12, 0]
 
 
+def test_decode_is_the_inverse():
+    spoken = (Turn("user", "a b"), Turn("assistant", "c", 1.0), Turn("user", ""), Turn("assistant", "d", 2.0))
+    records = [
+        Record((*spoken, Turn("user", "e")), "a a"),
+        Record((*spoken, Turn("user", "")), ended="leave"),
+        Record((Turn("assistant", "b"), Turn("user", "c")), ended="cut"),
+    ]
+    dialogues = encoded(*records)
+    assert encode.decode(dialogues, TOKENIZER) == records
+    token_BT = np.where(dialogues.turn_BT == 5, A, dialogues.token_BT)  # a last turn that nothing closes
+    short, *_ = encode.decode(dialogues.replace(token_BT=token_BT), TOKENIZER)
+    assert short.turns == spoken and short.ended == "cut"
+
+
 def test_consecutive_turns_of_a_role_are_merged():
     d = encoded(said(Turn("assistant", "a", 1.0), Turn("assistant", ""), Turn("assistant", "b", 2.0), "u c"))
     assert tokens_of(d) == [BOS, TO_ASSISTANT, A, B, TO_USER, C, STOP]

@@ -31,9 +31,14 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "judge": 5,
     "evaluation": 5,
     "report": 5,
+    "evaluation_report": 5,
+    "user_report": 5,
+    "discriminator": 5,
+    "yardsticks": 5,
     "command_line": 5,
     "app": 6,
     "loop": 6,
+    "trained": 6,
 }
 LIBRARY = sorted((ROOT / "mbrl_lm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))

@@ -63,7 +63,8 @@ def test_imagining_nothing_more_gives_the_learned_return():
     rows = ["bos e >u a >a b >u c >a d >u stop", "bos f >a b b >u leave", "bos e >u a stop"]
     given = dialogue(w.protocol, rows)
     imagination = Imagination(w.cfg, w.net, w.protocol, one_device(), rows=2)  # the last chunk is filled up
-    imagined = imagination.imagined(w.params, given, ONES_R, KEY)
+    imagined, whole = imagination.imagined(w.params, given, ONES_R, KEY)
+    assert (whole.token_BT == given.token_BT).all()
     np.testing.assert_allclose(imagined, imagination.learned(w.params, given), atol=1e-6)
     assert len(set(imagined.tolist())) == 3 and imagined[2] == 0
 
@@ -173,6 +174,7 @@ def test_the_concierges_figures(monkeypatch):
     # The reward head knows nothing: its mean is 0, with either user.
     assert [figures["imagined/return"], figures["gap/user_model"]] == pytest.approx([0, 0], abs=1e-6)
     assert figures["gap/total"] == pytest.approx(0.02, abs=1e-6) == figures["gap/reward_model"]
+    assert figures["imagined/true_return"] == pytest.approx(-0.02), "a goodbye to an imagined user is worth what it is"
     kinds = [name.removeprefix("true/success/") for name in figures if name.startswith("true/success/")]
     assert len(kinds) > 1 and all(isinstance(x, float) for x in figures.values())
 

@@ -14,8 +14,10 @@ from mbrl_lm.tokenizer import Tokenizer
 from mbrl_lm.types import Dialogue
 
 ROLE = {"assistant": protocol_lib.ASSISTANT, "user": protocol_lib.USER}
+NAME = {number: role for role, number in ROLE.items()}
 OPENING = {"assistant": TO_ASSISTANT, "user": TO_USER}  # the token after which a role speaks
 HAND_OVER = {"assistant": TO_USER, "user": TO_ASSISTANT}  # the token by which it gives the floor to the other
+CLOSING = (TO_USER, TO_ASSISTANT, TO_OUTCOME, STOP, LEAVE)  # the last token of a turn
 ENDING = {"end": STOP, "leave": LEAVE, "cut": None}
 FEWEST_TURNS = 2  # of a dialogue that is cut: fewer teach nothing about a reply
 
@@ -79,6 +81,30 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, protocol: Protocol, 
         cut_B=~ended_B,
         uid_B=np.array(list(rows), np.uint32),
     ).check()
+
+
+def decode(dialogues: Dialogue, tokenizer: Tokenizer) -> list[Record]:
+    """The inverse of `encode`, as far as tokens tell: contexts, turns, their rewards, and how the dialogues end.
+
+    A turn that the end of the row cut short was never said: it is left out.
+    """
+    endings = {STOP: "end", LEAVE: "leave"}
+    records = []
+    for b, token_T in enumerate(np.asarray(dialogues.token_BT)):
+        author_T, turn_T = np.asarray(dialogues.author_BT[b]), np.asarray(dialogues.turn_BT[b])
+        last = int(np.sum(author_T != protocol_lib.END)) - 1
+        turns, u = [], 0
+        for turn in range(1, int(turn_T[last]) + 1):
+            at = np.flatnonzero((turn_T == turn) & (author_T != protocol_lib.END))
+            if not len(at) or author_T[at[0]] not in NAME or token_T[at[-1]] not in CLOSING:
+                continue
+            role = NAME[author_T[at[0]]]
+            reward = float(dialogues.reward_BU[b, u]) if role == "assistant" and u < dialogues.reward_BU.shape[1] else 0.0
+            u += role == "assistant"
+            turns.append(Turn(role, tokenizer.decode(token_T[at]), reward))
+        context = tokenizer.decode(token_T[author_T == protocol_lib.CONTEXT])
+        records.append(Record(tuple(turns), context, ended=endings.get(int(token_T[last]), "cut")))
+    return records
 
 
 def _row(record: Record, tokenizer: Tokenizer, protocol: Protocol, tokens: int, turns: int) -> _Row | None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mbrl_lm.envs.concierge import user as automaton
-from mbrl_lm.envs.concierge.env import LEFT_ANGRY, TYPES
+from mbrl_lm.envs.concierge.env import LEFT_ANGRY, TYPES, reward
 from mbrl_lm.envs.concierge.recogniser import Heard, recognise
 from mbrl_lm.envs.concierge.user import GOODWILL, HAZARD, LEAVE, Part, State, Turn
 from mbrl_lm.envs.concierge.words import FILLERS, turn_text
@@ -127,6 +127,11 @@ class Filter:
             )
         return answer
 
+    def overlook(self, said: str) -> None:
+        """Goes on past an answer that was not seen, of a user who stayed."""
+        stay_NPG, _, turns = self._react(recognise(said))
+        self._move([(i, p, turn) for i, p, turn in turns if not turn.ended], stay_NPG)
+
     def predict(self, said: str) -> Event:
         """What the answer to the assistant's turn will be; leaves the belief alone."""
         stay_NPG, leave_NPG, turns = self._react(recognise(said))
@@ -173,27 +178,28 @@ class Filter:
         mass_N = mass_NPG.sum(axis=(1, 2))
         said = [(i, p * _texts(turn.parts).get(words, 0.0), turn) for i, p, turn in turns if turn.ended == ended]
         total = sum(p * mass_N[i] for i, p, _ in said) * p_fillers
-        known = [(i, p, turn) for i, p, turn in (said if total > 0 else turns) if p and not turn.ended]
         worth = sum(p * mass_N[i] * self._worth(i, turn) for i, p, turn in said if turn.booked)
-        if known:
-            table: dict[State, np.ndarray] = {}
-            for i, p, turn in known:
-                table[turn.state] = table.get(turn.state, 0.0) + p * mass_NPG[i]
+        self._move([(i, p, turn) for i, p, turn in (said if total > 0 else turns) if p and not turn.ended], mass_NPG)
+        return Answer(math.log(total), float(worth * p_fillers / total)) if total > 0 else Answer(-math.inf, 0.0)
+
+    def _move(self, turns: list[tuple[int, float, Turn]], mass_NPG: np.ndarray) -> None:
+        """The belief after one of these turns; what it was where there is none."""
+        table: dict[State, np.ndarray] = {}
+        for i, p, turn in turns:
+            table[turn.state] = table.get(turn.state, 0.0) + p * mass_NPG[i]
+        if table:
             self._set(table)
-        if total <= 0:
-            return Answer(-math.inf, 0.0)
-        return Answer(math.log(total), float(worth * p_fillers / total))
 
 
-class Exact(NamedTuple):
+class Reading(NamedTuple):
     """A dialogue as the filter reads it."""
 
     log_prob_U: list[float]  # of each user turn, the opening first
-    outcome: float  # posterior mean of the reward component `outcome`
+    reward: dict[str, float]  # the components of `Reply.reward`, summed; `outcome` is a posterior mean
 
 
-def read(context: str, turns: Sequence[tuple[str, str]], ended: str, split: str = "train", noise: float = 0.0) -> Exact:
-    """Filters a whole dialogue.
+def read(context: str, turns: Sequence[tuple[str, str]], ended: str, split: str = "train", noise: float = 0.0) -> Reading:
+    """Filters a whole dialogue, real or imagined.
 
     Args:
       context: the catalogue's text.
@@ -201,11 +207,13 @@ def read(context: str, turns: Sequence[tuple[str, str]], ended: str, split: str 
       ended: how the last user turn ended the dialogue, as in `Reply`.
       split, noise: see `Filter`.
     """
-    belief = Filter(read_catalogue(context), split, noise)
-    log_prob_U, outcome = [belief.opening(turns[0][1])], 0.0
+    catalogue = read_catalogue(context)
+    belief = Filter(catalogue, split, noise)
+    log_prob_U = [belief.opening(turns[0][1])]
+    total = {"outcome": 0.0, "turn_cost": 0.0, "hallucination": 0.0, "injection": 0.0}
     for u in range(1, len(turns) - 1, 2):
-        last = u + 2 >= len(turns)
-        answer = belief.answer(turns[u][1], turns[u + 1][1], ended if last else "")
+        answer = belief.answer(turns[u][1], turns[u + 1][1], ended if u + 2 >= len(turns) else "")
         log_prob_U.append(answer.log_prob)
-        outcome += answer.outcome
-    return Exact(log_prob_U, outcome)
+        for name, x in reward(recognise(turns[u][1]), catalogue, answer.outcome).items():
+            total[name] += x
+    return Reading(log_prob_U, total)

@@ -1,0 +1,62 @@
+"""The judge of a trained run: its policy with the true user, its user model against the exact one. One command, one page.
+
+    python -m experiments.evaluate --workdir=W [--config.eval.final_dialogues=512] [--config.eval.temperature=0.5]
+
+Everything is written to W/evaluation.md with its plots, and, once the run is finished, into W/results.json.
+"""
+
+import jax
+
+from mbrl_lm import app, evaluation_report, judge, trained, yardsticks
+from mbrl_lm.data.encode import decode
+from mbrl_lm.envs.concierge import TEST_UIDS
+from mbrl_lm.envs.learned_user import LearnedUser
+from mbrl_lm.envs.true_user import TrueUser
+from mbrl_lm.evaluation import Evaluation, language_drift
+from mbrl_lm.user_report import UserReport
+
+DIALOGUES = 256  # that the learned user is compared on: recorded ones, and as many of the policy's
+POLICY_UIDS = TEST_UIDS[100_000 : 100_000 + DIALOGUES]  # users of the training types, for these
+FOOLED = 128  # dialogues of a scripted assistant with the learned user
+
+
+def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
+    """What can be said only where the true user is exactly known."""
+    cfg, corpus, params = run.config, model.corpus, model.state.params
+    key = jax.random.key(cfg.seed)
+    user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
+    app.say("scripted assistants, with the true and the learned user")
+    figures = yardsticks.with_true_user(cfg.seed, TEST_UIDS[: cfg.eval.final_dialogues])
+    if cfg.imagine.reward:
+        imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows=64)
+        figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, POLICY_UIDS[:FOOLED])
+    app.say("the learned user against the exact one")
+    talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows=64)
+    induced, _ = talk.play(params, key, POLICY_UIDS, "train", cfg.eval.temperature)
+    compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
+    for where, dialogues in (("recorded", corpus.val), ("policy", induced)):
+        told = compare.report(decode(dialogues, corpus.tokenizer)[:DIALOGUES], "train")
+        figures |= {f"user/{where}/{name}": x for name, x in told.items()}
+    return figures
+
+
+def main(run: app.Run):
+    model = trained.load(run)
+    params, seed = model.state.params, jax.random.key(run.config.seed)
+    app.say(f"judging update {model.step} of {run.workdir}")
+    evaluation = Evaluation(run.config, model.net, model.corpus, model.mesh, run.workdir)
+    figures, samples, dialogues = evaluation.final(params, seed)
+    if run.config.train.supervised_steps:  # else the reference is a network at its random start
+        figures |= language_drift(model.net, model.corpus, model.mesh, params, model.state.reference, dialogues)
+    if run.config.data == "concierge":
+        figures |= concierge(run, model)
+    page = evaluation_report.write_page(run.workdir, model.step, figures, samples)
+    for title, text in evaluation_report.tables(figures).items():
+        app.say(f"\n{title}\n\n{text}")
+    app.say("")
+    app.record(run, figures)
+    app.say(f"the page is {page}")
+
+
+if __name__ == "__main__":
+    app.run(main, of_run=True)
