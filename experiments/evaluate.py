@@ -15,27 +15,25 @@ from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.evaluation import Evaluation, language_drift
 from mbrl_lm.user_report import UserReport
 
-DIALOGUES = 256  # that the learned user is compared on: recorded ones, and as many of the policy's
-POLICY_UIDS = TEST_UIDS[100_000 : 100_000 + DIALOGUES]  # users of the training types, for these
-FOOLED = 128  # dialogues of a scripted assistant with the learned user
+POLICY_UIDS = TEST_UIDS[100_000:]  # users of the training types, on whom the learned user is tested
 
 
 def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     """What can be said only where the true user is exactly known."""
     cfg, corpus, params = run.config, model.corpus, model.state.params
-    key = jax.random.key(cfg.seed)
+    key, uids = jax.random.key(cfg.seed), POLICY_UIDS[: cfg.eval.user_dialogues]
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
     figures = yardsticks.with_true_user(cfg.seed, TEST_UIDS[: cfg.eval.final_dialogues])
     if cfg.imagine.reward:
         imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows=64)
-        figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, POLICY_UIDS[:FOOLED])
+        figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, uids)
     app.say("the learned user against the exact one")
     talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows=64)
-    induced, _ = talk.play(params, key, POLICY_UIDS, "train", cfg.eval.temperature)
+    induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
     compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
     for where, dialogues in (("recorded", corpus.val), ("policy", induced)):
-        told = compare.report(decode(dialogues, corpus.tokenizer)[:DIALOGUES], "train")
+        told = compare.report(decode(dialogues, corpus.tokenizer)[: len(uids)], "train")
         figures |= {f"user/{where}/{name}": x for name, x in told.items()}
     return figures
 

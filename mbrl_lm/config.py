@@ -109,6 +109,7 @@ class Eval:
     every: int = 100  # updates
     dialogues: int = 128  # with the true user or the partner, while training
     final_dialogues: int = 512
+    user_dialogues: int = 256  # on which the learned user is compared with the exact one
     temperature: float = 0.5
     samples: int = 4  # dialogues written out to be read
 
@@ -168,6 +169,7 @@ TINY = {
     "eval.every": 5,
     "eval.dialogues": 8,
     "eval.final_dialogues": 16,
+    "eval.user_dialogues": 16,
     "eval.samples": 2,
     "checkpoint_every": 4,
     "log_every": 2,

@@ -34,9 +34,8 @@ WORDINGS = {
 }
 HIDDEN = (1, 2, 4)  # user replies that are imagined instead of seen
 BINS = 10  # of the expected calibration error
-ENUMERATED = 24  # points at which KL(p || q) is summed over all turns
-EVENT_POINTS = 256  # at which the probabilities of leaving and accepting are summed over all their wordings
-COMPARED = 1500  # at most: pairs of a real and an imagined turn for the discriminator
+ENUMERATED = 0.1  # points a dialogue at which KL(p || q) is summed over all turns; some hundred each
+EVENT_POINTS = 1  # a dialogue, at which leaving and accepting are summed over all their wordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +101,15 @@ class UserReport:
           records: dialogues; what was said in them by the user is the true user's.
           split: which types these users are of.
         """
-        turns = sum(len(record.turns) // 2 for record in records)
-        told = [p for p in points(records, split, max(turns // ENUMERATED, 1)) if self._fits(p)]
+        total = sum(map(_answers, records))
+        told = [p for p in points(records, split, max(round(total / len(records) / ENUMERATED), 1)) if self._fits(p)]
         if not told:
             return {}
         answers = [p for p in told if p.turn]
         figures = self.likelihood(told) | self.divergence([p for p in answers if p.answers])
-        figures |= self.calibration(answers[:: max(len(answers) // EVENT_POINTS, 1)])
+        figures |= self.calibration(answers[:: max(len(answers) // (EVENT_POINTS * len(records)), 1)])
         figures |= self.sensitivity(answers) | self.open_loop(records, split)
-        return figures | self.imitation(answers[:COMPARED])
+        return figures | self.imitation(answers)
 
     def likelihood(self, told: Sequence[Point]) -> dict[str, float]:
         """Nats per token and per turn against the floor, over all turns and by turn."""
