@@ -25,6 +25,8 @@ from mbrl_lm.sharding import pjit
 from mbrl_lm.tokenizer import Tokenizer
 from mbrl_lm.types import Array, Dialogue, Params
 
+SAMPLES = 3  # of the user's next turn, imagined at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
@@ -67,14 +69,11 @@ class Speaker:
       net, protocol, tokenizer: of the model.
       mesh: the device mesh.
       params: of the model.
-      samples: user turns that are imagined at once.
     """
 
-    def __init__(
-        self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params: Params, samples: int = 3
-    ):
+    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params: Params):
         self.tokens, self.turns = cfg.tokens, cfg.turns
-        self._tokenizer, self._params, self._samples = tokenizer, params, samples
+        self._tokenizer, self._params = tokenizer, params
         temperature_R = np.ones(len(pr.ROLES), np.float32)
         temperature_R[pr.ASSISTANT] = cfg.eval.temperature
         centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
@@ -82,9 +81,7 @@ class Speaker:
         def write(params, dialogue, key):
             author_BT, turn_BT = pr.parse(protocol, dialogue.token_BT)
             prompt = dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
-            return rollout.imagine(
-                net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature_R
-            )
+            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature_R)
 
         def read(params, token_BT):
             heads = net.heads(params, net.trunk(params, token_BT))
@@ -99,7 +96,7 @@ class Speaker:
         return Conversation(context, (*row, pr.TO_USER))
 
     def spell(self, typed: str) -> str:
-        """Typed text in words that the vocabulary holds: those that it does not hold as they are, in the form of `normalise`.
+        """Typed text in words of the vocabulary: a word that it does not hold as it is takes the form of `normalise`.
 
         Subword models know every word, and are given the text as it was typed.
         """
@@ -129,9 +126,10 @@ class Speaker:
         Raises:
           ValueError: the conversation is over, or the turn does not fit into `room`.
         """
-        if now.ended or self.length(text) > self.room(now):
-            raise ValueError(f"{self.length(text)} tokens in a room of {self.room(now)}, ended {now.ended!r}: ask `room` first")
-        tokens = (*now.tokens, *self._tokenizer.encode(text), ENDING[ended])
+        words = self._tokenizer.encode(text)
+        if now.ended or len(words) > self.room(now):
+            raise ValueError(f"it has ended ({now.ended!r}), or its room of {self.room(now)} tokens is too small: look first")
+        tokens = (*now.tokens, *words, ENDING[ended])
         return Conversation(now.context, tokens, (*now.turns, Turn("user", text)), ended)
 
     def answer(self, now: Conversation, key: Array) -> Conversation:
@@ -153,7 +151,7 @@ class Speaker:
     def imagine(self, now: Conversation, key: Array) -> list[Imagined]:
         """Samples of the user's next turn; nothing is said."""
         turns = []
-        for said, log_prob in self._continue(now, key, rows=self._samples):
+        for said, log_prob in self._continue(now, key, rows=SAMPLES):
             turns.append(Imagined(self._tokenizer.decode(said), ENDED.get(said[-1], "cut"), log_prob, len(said)))
         return turns
 
@@ -169,16 +167,15 @@ class Speaker:
 
     def _continue(self, now: Conversation, key: Array, rows: int) -> list[tuple[list[int], float]]:
         """The next turn of whoever has the floor, in the first `rows` rows: its tokens and its log-probability."""
-        start = len(now.tokens)
         written = jax.device_get(self._write(self._params, self._dialogue(now, rows), key))
-        ends = lengths(written)[:rows]
-        return [(written.token_BT[b, start:end].tolist(), float(written.logp_BT[b, start:end].sum())) for b, end in enumerate(ends)]
+        turns = [slice(len(now.tokens), end) for end in lengths(written)[:rows]]
+        return [(written.token_BT[b, at].tolist(), float(written.logp_BT[b, at].sum())) for b, at in enumerate(turns)]
 
     def _dialogue(self, now: Conversation, rows: int) -> Dialogue:
         """The conversation in each row; those after the first `rows` are not continued."""
-        dialogue = empty_dialogues(self._samples, self.tokens, self.turns)
+        dialogue = empty_dialogues(SAMPLES, self.tokens, self.turns)
         dialogue.token_BT[:, : len(now.tokens)] = now.tokens
-        row_B = np.arange(self._samples)
+        row_B = np.arange(SAMPLES)
         return dialogue.replace(ended_B=row_B >= rows, uid_B=row_B.astype(np.uint32))
 
     def _knows(self, word: str) -> bool:

@@ -13,7 +13,8 @@ from mbrl_lm.nn import make_net
 from mbrl_lm.sharding import constrain, pjit
 
 MODEL = config.Model(layers=2, width=64, heads=4, kv_heads=4, mlp_width=128, dropout=0.1)
-BATCH, UPDATES, LEARNING_RATE = 64, 200, 2e-3
+BATCH, UPDATES, LEARNING_RATE = 32, 200, 2e-3
+WIDTH = 64  # tokens before and with the turn that are looked at
 
 
 def auc(score_N: np.ndarray, positive_N: np.ndarray) -> float:
@@ -31,22 +32,20 @@ def rows_of(token_rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return token_BT
 
 
-def discriminate(
-    real: Sequence[Sequence[int]], imagined: Sequence[Sequence[int]], vocab_size: int, width: int, mesh, seed: int
-) -> float:
+def discriminate(real: Sequence[Sequence[int]], imagined: Sequence[Sequence[int]], vocab_size: int, mesh, seed: int) -> float:
     """Trains a fresh network on the first half of the pairs and gives its AUC on the second.
 
     Args:
       real, imagined: tokens of dialogues up to and with a user turn, paired: the same history, another reply. Pairs of one
         dialogue should stand together, so that few are in both halves.
-      vocab_size, width: V, and the tokens that are looked at.
+      vocab_size: V.
       mesh: the device mesh.
       seed: of the network and its batches.
     """
     net = make_net(MODEL, vocab_size)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, UPDATES), weight_decay=0.01)
     half = len(real) // 2
-    token_NT = {name: rows_of(rows, width) for name, rows in (("real", real), ("imagined", imagined))}
+    token_NT = {name: rows_of(rows, WIDTH) for name, rows in (("real", real), ("imagined", imagined))}
 
     def logit(params, token_BT, key=None):
         token_BT = constrain(token_BT, "BT")

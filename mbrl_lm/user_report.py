@@ -199,8 +199,7 @@ class UserReport:
         for name, some in turns.items():
             figures |= {f"distinct_{n}/{name}": distinct([turn.text for turn in some], n) for n in (1, 2)}
             rows[name] = [[*prompt, *self._user.turn_tokens(turn)] for prompt, turn in zip(prompts, some, strict=True)]
-        width = max(len(row) for some in rows.values() for row in some)
-        auc = discriminate(rows["real"], rows["imagined"], self._vocab_size, width, self._mesh, self._seed)
+        auc = discriminate(rows["real"], rows["imagined"], self._vocab_size, self._mesh, self._seed)
         return figures | {"discriminator_auc": auc}
 
     def _prompt(self, p: Point) -> list[int]:

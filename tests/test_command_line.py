@@ -1,12 +1,13 @@
 """The command line: what is given is set, nothing else, and every mistake is told with what would be right."""
 
+import json
 import sys
 
 import pytest
 from absl.testing import flagsaver
 
 from mbrl_lm import command_line
-from mbrl_lm.config import Config, ConfigError
+from mbrl_lm.config import Config, ConfigError, preset
 
 
 def test_only_what_is_given_is_set(monkeypatch):
@@ -21,6 +22,26 @@ def test_only_what_is_given_is_set(monkeypatch):
         default = command_line.flatten(command_line.parse(sys.argv))
     changed = {name: value for name, value in given.items() if value != default[name]}
     assert changed == {"model.width": 64, "returns.lambda_": 0.5, "model.tied": True, "data_dir": "a b", "widths": (44, 88)}
+
+
+def test_a_program_that_looks_at_a_run_takes_its_config(monkeypatch, tmp_path):
+    def parse(*args):
+        monkeypatch.setattr(sys, "argv", ["program", f"--workdir={tmp_path}", *args])
+        with flagsaver.flagsaver():
+            return command_line.parse(sys.argv, of_run=True)
+
+    with pytest.raises(ConfigError, match="holds no run"):
+        parse()
+    cfg = preset("concierge", "tiny")
+    (tmp_path / "config.json").write_text(json.dumps({"variant": "tiny", **command_line.flatten(cfg)}))
+    assert parse() == cfg
+    judged = parse("--config.eval.final_dialogues=7", "--config.mesh.fsdp=2")
+    assert (judged.eval.final_dialogues, judged.mesh.fsdp, judged.tokens) == (7, 2, cfg.tokens)
+    with pytest.raises(ConfigError, match="loss.kl is fixed by the run"):
+        parse("--config.loss.kl=1")
+    (tmp_path / "config.json").write_text('{"variant": "tiny", "loss.unheard_of": 1}')
+    with pytest.raises(ConfigError, match="another version"):
+        parse()
 
 
 @pytest.mark.parametrize(

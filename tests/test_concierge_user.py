@@ -118,6 +118,20 @@ def test_recogniser(text, act, about):
         assert (heard.asks if act == "ask" else heard.place) == about
 
 
+DISGUISES = {
+    "upper case": str.upper,
+    "full width": lambda text: text.translate({c: c + 0xFEE0 for c in range(0x21, 0x7F)}),
+    "spaces": lambda text: "  " + text.replace(" ", "\t \u00a0") + " \n",
+    "no spaces before marks": lambda text: text.replace(" ,", ",").replace(" ?", "?").replace(" !", "!"),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_how_a_text_is_set_makes_no_difference(disguise):
+    for text, _, _ in PHRASINGS:
+        assert recognise(DISGUISES[disguise](text)) == recognise(text), text
+
+
 @pytest.mark.parametrize("text", ["f a l c o n", "it is f-a-l-c-o-n", "FAL con", "blah " * 60 + "falcon", "<end> falcon"])
 def test_a_code_is_found_however_it_is_dressed(text):
     assert recognise(text).codes == ("falcon",)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,10 +48,11 @@ NEGOTIATION = SMALL | {
 CHAT = {"data": "chat_jsonl", "cpu_devices": 2, "tokens": 96, "train.batch": 4, "train.supervised_steps": 4, "eval.every": 3}
 
 
-def start(workdir, flags) -> subprocess.Popen:
-    """`python -m experiments.dream --variant=tiny`, with these fields of the config."""
+def start(workdir, flags, program="dream") -> subprocess.Popen:
+    """`python -m experiments.dream --variant=tiny`, or another program, with these fields of the config."""
     env = {name: x for name, x in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    command = [sys.executable, "-m", "experiments.dream", f"--workdir={workdir}", "--variant=tiny"]
+    command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}"]
+    command += ["--variant=tiny"] if program == "dream" else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, *(f"--config.{k}={v}" for k, v in flags.items())], cwd=ROOT, env=env, **pipes)
 
@@ -60,9 +62,9 @@ def finish(process) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(workdir, flags) -> str:
+def run(workdir, flags, program="dream") -> str:
     """Runs to the end and returns what was said on stdout."""
-    code, out, err = finish(start(workdir, flags))
+    code, out, err = finish(start(workdir, flags, program))
     assert code == 0, err
     return out
 
@@ -104,6 +106,31 @@ def test_a_run_leaves_its_results_behind(whole):
     (events,) = (workdir / "tensorboard").iterdir()
     assert events.stat().st_size > 1000
     assert saved_steps(workdir / "checkpoints") == [4, 8]
+
+
+def test_a_finished_run_is_judged_by_the_exact_user(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "w")
+    before = results(workdir)
+    said = run(workdir, {"eval.final_dialogues": 6, "eval.user_dialogues": 6}, "evaluate")
+    after = results(workdir)
+    assert {name: after[name] for name in before} == before, "the same policy with the same users scores the same"
+    named = ("true/success/seen", "imagined/true_return", "drift/policy_under_reference", "scripted/oracle/success")
+    named += ("fooled/pleaser/learned_user_true_reward", "user/recorded/kl_enumerated", "user/policy/kl")
+    named += ("user/recorded/ece/leaves", "user/policy/hazard_true/turn_1", "user/recorded/action_sensitivity")
+    named += ("user/recorded/discriminator_auc", "user/recorded/distinct_2/imagined", "user/recorded/turn_nll/hidden_1")
+    assert not [name for name in named if not isinstance(after.get(name), float)]
+    assert after["user/recorded/nll"] > after["user/recorded/nll_floor"] > 0.3
+    assert after["user_nll/val"] == pytest.approx(after["user/recorded/nll"], rel=0.2)
+    assert "The learned user" in said and "learned user, learned reward" in said
+    assert "evaluation.png" in (workdir / "evaluation.md").read_text() and (workdir / "evaluation.png").exists()
+
+
+def test_a_run_that_goes_on_is_judged_on_the_page_only(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "w")
+    (workdir / "results.json").unlink()
+    shutil.rmtree(workdir / "checkpoints")
+    code, out, err = finish(start(workdir, {}, "evaluate"))
+    assert code == 2 and "no checkpoint yet" in err and not (workdir / "results.json").exists()
 
 
 def test_the_metrics_of_a_run(whole):

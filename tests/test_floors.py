@@ -33,6 +33,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "report": 5,
     "evaluation_report": 5,
     "user_report": 5,
+    "conversation": 5,
     "discriminator": 5,
     "yardsticks": 5,
     "command_line": 5,

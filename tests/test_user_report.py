@@ -140,9 +140,9 @@ def test_a_fresh_network_tells_what_can_be_told(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [[1, *rng.integers(20, 30, size=6), 2] for _ in range(200)]
     changed = [[*row[:-2], 31, 2] for row in rows]
-    assert discriminator.discriminate(rows, changed, 40, 10, one_device(), 0) > 0.95
+    assert discriminator.discriminate(rows, changed, 40, one_device(), 0) > 0.95
     same = [[1, *rng.integers(20, 30, size=6), 2] for _ in range(200)]
-    assert 0.35 < discriminator.discriminate(rows, same, 40, 10, one_device(), 0) < 0.65
+    assert 0.35 < discriminator.discriminate(rows, same, 40, one_device(), 0) < 0.65
 
 
 def test_long_rows_keep_their_ends():

@@ -1,6 +1,7 @@
 """From a config to token arrays: the records of a run, its tokenizer and its protocol."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from mbrl_lm import config, tokenizer
 from mbrl_lm.data import DATASETS, load
 from mbrl_lm.data.encode import encode
 from mbrl_lm.data.records import DataError, Record, hold_out
-from mbrl_lm.envs.concierge import logs
+from mbrl_lm.envs.concierge import logs, vocabulary
 from mbrl_lm.metrics import write_atomic
 from mbrl_lm.protocol import Protocol, make_protocol
 from mbrl_lm.tokenizer import Tokenizer
@@ -52,8 +53,9 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
     if cfg.tokenizer.model_file:
         model = pathlib.Path(cfg.tokenizer.model_file)
     elif not model.exists():
-        words = (text for record in train for text in (record.context, *(turn.text for turn in record.turns)))
-        write_atomic(model, tokenizer.train(words, cfg.tokenizer))
+        texts = (text for record in train for text in (record.context, *(turn.text for turn in record.turns)))
+        known = () if cfg.data_dir else (" ".join(vocabulary()),)  # of the embedded world: few logs may not hold every word
+        write_atomic(model, tokenizer.train(itertools.chain(texts, known), cfg.tokenizer))
     pieces = tokenizer.load(str(model))
     kind, renamings = DATASETS[cfg.data].kind, DATASETS[cfg.data].renamings
     protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens)

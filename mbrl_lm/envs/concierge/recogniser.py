@@ -53,7 +53,7 @@ class Heard(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    return unicodedata.normalize("NFKC", str(text)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
 
 
 def split(text: str) -> list[str]:

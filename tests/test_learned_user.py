@@ -1,0 +1,65 @@
+"""The learned user from the host: its texts and probabilities are those of the token loop and of `score`."""
+
+import jax
+import numpy as np
+import pytest
+from fakes import follows, one_device, table_net
+from tiny import config_of
+
+from mbrl_lm import config, nn, tokenizer
+from mbrl_lm import protocol as pr
+from mbrl_lm.envs.learned_user import LearnedUser, UserTurn
+from mbrl_lm.scoring import score
+
+PIECES = tokenizer.Tokenizer(tokenizer.train(["a b c d e"], config.Tokenizer()))
+PROTOCOL = pr.make_protocol("chat", PIECES.vocab_size, PIECES.unknown, 4)
+A, B = PIECES.encode("a b")
+CFG = config_of(tokens=32, turns=3, turn_tokens=4, model__layers=1)
+PROMPT = [pr.BOS, *PIECES.encode("e e"), pr.TO_USER, A, pr.TO_ASSISTANT, B, pr.TO_USER]
+
+
+def user_of(net, rows=2) -> LearnedUser:
+    return LearnedUser(CFG, net, PROTOCOL, PIECES, one_device(), rows)
+
+
+def test_prompts_and_turns_as_tokens():
+    user = user_of(table_net())
+    assert user.prompt("e e", [("user", "a"), ("assistant", "b")]) == PROMPT
+    assert user.go_on(PROMPT, [("user", "c")]) == [*PROMPT, *PIECES.encode("c"), pr.TO_ASSISTANT]
+    assert user.prompt("e e", []) == PROMPT[:4]
+    turns = {UserTurn("a b", ""): pr.TO_ASSISTANT, UserTurn("a b", "end"): pr.STOP, UserTurn("a b", "leave"): pr.LEAVE}
+    assert all(user.turn_tokens(turn) == [A, B, token] for turn, token in turns.items())
+    assert user.turn_tokens(UserTurn("<end>", ""))[0] == PIECES.unknown[0], "text writes no special token"
+    assert user.leaves_room([0] * 28) and not user.leaves_room([0] * 29)
+
+
+@pytest.mark.parametrize("closing, ended", [(pr.TO_ASSISTANT, ""), (pr.STOP, "end"), (pr.LEAVE, "leave")])
+def test_it_says_what_the_network_says(closing, ended):
+    params = follows(PIECES.vocab_size, {pr.TO_USER: A, A: B, B: closing})
+    turns = user_of(table_net()).write(params, [PROMPT, PROMPT[:4], PROMPT], [0, 1, 2], jax.random.key(0))
+    assert turns == [UserTurn("a b", ended)] * 3
+
+
+def test_a_turn_that_runs_out_of_tokens_is_cut():
+    params = follows(PIECES.vocab_size, {pr.TO_USER: A, A: A})
+    user = user_of(table_net())
+    long = user.prompt("e e e e e", [("user", "a"), ("assistant", "b")] * 6)
+    assert len(long) == 31 and user.write(params, [long], [0], jax.random.key(0)) == [UserTurn("a", "cut")]
+
+
+def test_probabilities_are_those_of_score():
+    net = nn.make_net(CFG.model, PIECES.vocab_size)
+    params = jax.tree.map(lambda x: 3 * x, net.init(jax.random.key(1)))
+    user, turns = user_of(net), [UserTurn("c d", ""), UserTurn("", "leave"), UserTurn("a", "end")]
+    rows = [user.turn_tokens(turn) for turn in turns]
+    got = user.log_prob(params, [PROMPT, PROMPT, PROMPT[:4]], rows)
+    for value, prompt, row in zip(got, (PROMPT, PROMPT, PROMPT[:4]), rows, strict=True):
+        dialogue = user._dialogue([[*prompt, *row]], [0])
+        nll_T = np.asarray(score(net, PROTOCOL, params, dialogue).nll_BT)[0]
+        assert value == pytest.approx(-nll_T[len(prompt) : len(prompt) + len(row)].sum(), rel=1e-5)
+    assert len(set(np.round(got, 4))) == 3
+
+
+def test_what_does_not_fit_is_explained():
+    with pytest.raises(config.ConfigError, match="raise --config.tokens"):
+        user_of(table_net()).log_prob(None, [[A] * 30], [[A] * 3])
