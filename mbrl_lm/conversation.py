@@ -128,7 +128,7 @@ class Speaker:
         """
         words = self._tokenizer.encode(text)
         if now.ended or len(words) > self.room(now):
-            raise ValueError(f"it has ended ({now.ended!r}), or its room of {self.room(now)} tokens is too small: look first")
+            raise ValueError(f"it has ended ({now.ended!r}), or its room of {self.room(now)} tokens is too small")
         tokens = (*now.tokens, *words, ENDING[ended])
         return Conversation(now.context, tokens, (*now.turns, Turn("user", text)), ended)
 

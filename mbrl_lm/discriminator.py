@@ -14,6 +14,7 @@ from mbrl_lm.sharding import constrain, pjit
 
 MODEL = config.Model(layers=2, width=64, heads=4, kv_heads=4, mlp_width=128, dropout=0.1)
 BATCH, UPDATES, LEARNING_RATE = 32, 200, 2e-3
+Rows = Sequence[Sequence[int]]  # tokens
 WIDTH = 64  # tokens before and with the turn that are looked at
 
 
@@ -24,7 +25,7 @@ def auc(score_N: np.ndarray, positive_N: np.ndarray) -> float:
     return float(above + (positive[:, None] == negative[None]).mean() / 2)
 
 
-def rows_of(token_rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+def rows_of(token_rows: Rows, width: int) -> np.ndarray:
     """Rows whose *last* `width` tokens are kept, padded at their end."""
     token_BT = np.full((len(token_rows), width), pr.PAD, np.int32)
     for b, row in enumerate(token_rows):
@@ -32,7 +33,7 @@ def rows_of(token_rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return token_BT
 
 
-def discriminate(real: Sequence[Sequence[int]], imagined: Sequence[Sequence[int]], vocab_size: int, mesh, seed: int) -> float:
+def discriminate(real: Rows, imagined: Rows, vocab_size: int, mesh, seed: int) -> float:
     """Trains a fresh network on the first half of the pairs and gives its AUC on the second.
 
     Args:

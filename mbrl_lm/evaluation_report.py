@@ -60,7 +60,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def tables(figures: Figures) -> dict[str, str]:
     """Title -> table, of those that there are figures for."""
-    kinds = sorted(set(_parts(figures, r"true/success/(\w+)$")) - {"seen", "held_out"})
+    kinds = sorted(set(_parts(figures, r"true/success/(\w+)(?<!_low)(?<!_high)$")) - {"seen", "held_out"})
     policy = [(name, POLICY[name]) for name in POLICY] + [(f"true/success/{kind}", f"success, {kind}") for kind in kinds]
     scripted = _parts(figures, r"scripted/(\w+)/return$")
     fooled = _parts(figures, r"fooled/(\w+)/true_user_true_reward$")

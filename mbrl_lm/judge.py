@@ -128,8 +128,10 @@ class ConciergeJudge:
         figures = interval("true/success", column["success"].astype(np.float64))
         held_out = np.isin(column["type"], HELD_OUT_TYPES)
         groups = {"seen": ~held_out, "held_out": held_out} | {kind: column["type"] == kind for kind in set(column["type"])}
-        figures |= {f"true/success/{name}": column["success"][of].mean() for name, of in sorted(groups.items()) if of.any()}
-        figures |= {f"true/{name}": column[name].mean() for name in told + components}
+        for name, of in sorted(groups.items()):
+            figures |= interval(f"true/success/{name}", column["success"][of].astype(np.float64)) if of.any() else {}
+        for name in told + components:
+            figures |= interval(f"true/{name}", column[name].astype(np.float64))
         if self._imagination:
             temperature_R = np.ones(len(pr.ROLES), np.float32)
             temperature_R[pr.ASSISTANT] = temperature

@@ -16,6 +16,7 @@ class ExactUser:
 
     def __init__(self, split: str = "train"):
         self._split = split
+        self._answers = functools.cache(self._answers)  # of each history once, however many turns are weighed
 
     def prompt(self, context, spoken):
         return [context, *spoken]
@@ -33,8 +34,8 @@ class ExactUser:
         turns = []
         for prompt, uid in zip(prompts, uids, strict=True):
             answers = self._answers(tuple(prompt))
-            p = np.array(list(answers.values()))
-            turns.append(UserTurn(*list(answers)[np.random.default_rng((int(uid), len(prompt))).choice(len(p), p=p / p.sum())]))
+            p, rng = np.array(list(answers.values())), np.random.default_rng((int(uid), len(prompt)))
+            turns.append(UserTurn(*list(answers)[rng.choice(len(p), p=p / p.sum())]))
         return turns
 
     def log_prob(self, params, prompts, turns) -> np.ndarray:
@@ -46,7 +47,6 @@ class ExactUser:
         p = self._answers(prompt).get(tuple(turn), 0.0)
         return math.log(p) if p > 0 else -math.inf
 
-    @functools.cache
     def _answers(self, prompt) -> dict[tuple[str, str], float]:
         return self._belief(prompt[:-1]).answers(prompt[-1][1])
 

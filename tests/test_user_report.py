@@ -153,11 +153,13 @@ def test_long_rows_keep_their_ends():
 
 
 def test_the_page_shows_what_there_is(tmp_path):
-    figures = {"true/success": 0.5, "true/success_low": 0.4, "true/success_high": 0.6, "true/success/vague": 0.25}
+    figures = {"true/success": 0.5, "true/success_low": 0.4, "true/success_high": 0.6, "true/success/vague": 0.25,
+               "true/success/vague_low": 0.1, "true/success/vague_high": 0.4}  # fmt: skip
     tables = evaluation_report.tables(figures)
     assert list(tables) == ["The policy with the true user"]
     assert "| success        | 0.500 [0.400, 0.600] " in tables["The policy with the true user"]
-    assert "success, vague" in tables["The policy with the true user"] and "held out" not in str(tables)
+    assert "success, vague | 0.250 [0.100" in tables["The policy with the true user"] and "held out" not in str(tables)
+    assert "vague_low" not in str(tables)
     page = evaluation_report.write_page(tmp_path / "x", 7, figures, "hello") if (tmp_path / "x").mkdir() is None else None
     assert "update 7" in page.read_text() and "png" not in page.read_text()
 
