@@ -224,7 +224,7 @@ def append(path: pathlib.Path, fields: dict[str, Any]) -> None:
     before = path.read_bytes() if path.exists() else b""
     if before and not before.endswith(b"\n"):
         text = b"\n" + text
-    with open(path, "ab", buffering=len(text) + 1) as file:  # the buffer holds it all: it is written in one piece
+    with open(path, "ab") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
