@@ -9,6 +9,7 @@ The same command resumes an interrupted run from W; a finished one says so. The 
 import functools
 
 import jax
+import numpy as np
 
 from mbrl_lm import app, config, learner, nn, rollout, sharding
 from mbrl_lm import protocol as pr
@@ -18,20 +19,26 @@ from mbrl_lm.envs.concierge import TRAIN_UIDS
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.evaluation import Evaluation
 from mbrl_lm.loop import Loop
+from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.replay import Replay
 from mbrl_lm.sharding import pjit
-from mbrl_lm.types import Dialogue
+from mbrl_lm.types import Dialogue, TrainState
 
 
-def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, params, real: Dialogue, key) -> Dialogue:
-    """Continues real dialogues from one of their assistant points: a turn, the user's imagined reply, the next turn, ..."""
+def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainState, real: Dialogue, key) -> Dialogue:
+    """Continues real dialogues from one of their assistant points: a turn, the user's imagined reply, the next turn, ...
+
+    Each point is continued `imagine.candidates` times; these rows stand together.
+    """
     point_key, write_key = jax.random.split(key)
+    user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
     uid_B = jax.numpy.arange(cfg.imagine.batch, dtype=jax.numpy.uint32)
-    rows = jax.tree.map(lambda x: x[uid_B % cfg.train.batch], real).replace(uid_B=uid_B)
+    rows = jax.tree.map(lambda x: x[uid_B[: cfg.imagine.batch // cfg.imagine.candidates] % cfg.train.batch], real)
     prompt = rollout.from_an_opening(protocol, rows, point_key)
-    turns = max(2 * cfg.imagine.replies, 1)
+    prompt = jax.tree.map(lambda x: jax.numpy.repeat(x, cfg.imagine.candidates, axis=0), prompt).replace(uid_B=uid_B)
+    turns, temperature = max(2 * cfg.imagine.replies, 1), cfg.imagine.temperature
     return rollout.imagine(
-        net, protocol, params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=cfg.imagine.temperature
+        net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=temperature, user=user
     )
 
 
@@ -43,10 +50,10 @@ def main(run: app.Run):
     app.say(f"reading {cfg.data}")
     corpus = load_corpus(cfg, run.workdir)
     net = nn.make_net(cfg.model, corpus.protocol.vocab_size)
-    optimizer = learner.make_optimizer(cfg.train)
+    optimizer = make_optimizer(cfg.train)
 
     # What is compiled: the two updates and imagination. Real dialogues with the true user are written turn by turn.
-    begin_rl = pjit(learner.begin_rl, mesh, donate=(0,))
+    begin_rl, remember = (pjit(change, mesh, donate=(0,)) for change in (learner.begin_rl, learner.remember))
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
     imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
@@ -54,6 +61,7 @@ def main(run: app.Run):
 
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
+    gradients = switch + cfg.train.rl_steps * cfg.train.rl_epochs
     online = cfg.train.batch // 2 if user else 0
     replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
     text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
@@ -61,7 +69,7 @@ def main(run: app.Run):
 
     app.say("getting ready to judge")
     evaluation = Evaluation(cfg, net, corpus, mesh, run.workdir)
-    with Loop(run, mesh, functools.partial(learner.init_state, net, optimizer), total, replay) as loop:
+    with Loop(run, mesh, learner.initialiser(cfg, net), total, replay) as loop:
         for step in loop:
             key = jax.random.fold_in(seed, step)
             if step < switch:
@@ -79,7 +87,10 @@ def main(run: app.Run):
                 real = logged_at(step)
                 if online:
                     real = join([real, replay.sample(cfg.seed, step, online)])
-                imagined = imagine(loop.state.params, real, jax.random.fold_in(key, 2)) if cfg.imagine.batch else None
+                if cfg.imagine.user == "population" and (step - switch) % cfg.imagine.refresh == 0:
+                    place = (step - switch) // cfg.imagine.refresh % cfg.imagine.population
+                    loop.state = remember(loop.state, np.int32(place))
+                imagined = imagine(loop.state, real, jax.random.fold_in(key, 2)) if cfg.imagine.batch else None
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:
@@ -88,7 +99,7 @@ def main(run: app.Run):
         if loop.finished:
             loop.phase("last evaluation")
             figures, samples, _ = evaluation.final(loop.state.params, seed)
-            figures |= {"real_dialogues": len(corpus.train.uid_B) + replay.collected, "gradient_steps": total}
+            figures |= {"real_dialogues": len(corpus.train.uid_B) + replay.collected, "gradient_steps": gradients}
             figures["logs/return"] = float(corpus.train.reward_BU.sum(axis=1).mean())
             loop.write(figures, samples)
     if loop.finished:

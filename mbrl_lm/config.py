@@ -44,7 +44,7 @@ class Loss:
 
     policy_real: float = 1.0
     policy_imagined: float = 1.0  # eta
-    user: float = 1.0  # negative log-likelihood of real user tokens: the world model
+    user: float = 1.0  # of real user tokens: the world model
     outcome: float = 1.0  # the same for the outcome of a negotiation
     assistant: float = 0.0  # the same for logged assistant tokens, once RL has begun
     value: float = 0.5
@@ -52,6 +52,25 @@ class Loss:
     end: float = 0.1
     kl: float = 0.1  # beta, KL(policy || reference) on assistant tokens
     entropy: float = 0.0
+
+
+@dataclasses.dataclass
+class WorldModel:
+    """What is asked of the user's tokens."""
+
+    loss: str = "nll"  # or mae: clipped, nothing for tokens likelier than the threshold
+    threshold: float = 0.2
+    tokens: str = "all"  # words: without the tokens that close a turn; closing: these alone
+
+
+@dataclasses.dataclass
+class Policy:
+    """How an advantage is formed, and what is done with it."""
+
+    baseline: str = "value"  # mean: of recent returns; leave_one_out, normalised: the other candidates (imagined rows)
+    loss: str = "reinforce"  # a name in policy.LOSSES
+    clip: float = 0.2  # loss=ppo
+    temperature: float = 0.3  # loss=awr
 
 
 @dataclasses.dataclass
@@ -68,6 +87,7 @@ class Train:
     supervised_steps: int = 600  # likelihood of both speakers, before RL begins; 0 = joint from the first step
     renamed: float = 0.0  # the first part of supervised_steps sees dialogues with what the task does not tell apart renamed
     rl_steps: int = 200
+    rl_epochs: int = 1  # optimiser steps on the dialogues of one of them
     batch: int = 32  # real dialogues of an update, of full width
     micro_batch: int = 4  # rows per device of one pass of gradient accumulation; 0 = the whole batch at once
     optimizer: str = "muon"  # for the matrices of the trunk; adamw: for all parameters
@@ -82,6 +102,10 @@ class Train:
 class Imagine:
     batch: int = 32  # imagined dialogues of an update; 0 = none
     replies: int = 4  # user replies that are imagined before the bootstrap value
+    candidates: int = 1  # K dialogues of each prompt
+    user: str = "live"  # who is imagined: the present model; frozen: as it was when RL began; population: past ones
+    population: int = 4  # user=population: the newest so many
+    refresh: int = 25  # user=population: updates between two of them
     temperature: float = 1.0
     reward: str = ""  # a name in reward.REWARDS
 
@@ -139,6 +163,8 @@ class Config:
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
+    world_model: WorldModel = field(default_factory=WorldModel)
+    policy: Policy = field(default_factory=Policy)
     returns: Returns = field(default_factory=Returns)
     train: Train = field(default_factory=Train)
     imagine: Imagine = field(default_factory=Imagine)
@@ -147,6 +173,8 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     mesh: Mesh = field(default_factory=Mesh)
 
+
+GROUPED = ("leave_one_out", "normalised")  # baselines over the candidates of one prompt
 
 # What differs from the defaults above. `tiny` stands beside every real variant: the same paths in seconds.
 TINY = {
@@ -192,7 +220,7 @@ NEGOTIATION = {
     "train.rl_steps": 100,
     "train.rl_learning_rate": 2e-4,
 }
-PAPER = NEGOTIATION | {  # half an hour on two cores
+PAPER = NEGOTIATION | {  # three quarters of an hour on two cores
     "model.width": 160,
     "model.heads": 5,
     "model.kv_heads": 5,
@@ -200,8 +228,9 @@ PAPER = NEGOTIATION | {  # half an hour on two cores
     "model.dropout": 0.4,
     "train.weight_decay": 0.1,
     "train.renamed": 0.9,
-    "train.supervised_steps": 2800,
+    "train.supervised_steps": 3800,
     "train.rl_steps": 150,
+    "train.rl_learning_rate": 1e-4,
     "partner.share": 0.1,
     "eval.every": 400,
 }
@@ -223,13 +252,13 @@ CONCIERGE = {
     "model.mlp_width": 256,
     "model.kv_heads": 4,
     "loss.kl": 0.03,
-    "train.supervised_steps": 1600,
+    "train.supervised_steps": 1500,
     "train.rl_steps": 300,
     "train.learning_rate": 3e-3,
     "train.rl_learning_rate": 2e-4,
     "train.batch": 16,
     "imagine.reward": "learned",
-    "eval.every": 250,
+    "eval.every": 400,
 }
 PRESETS = {
     "concierge": {
@@ -298,6 +327,18 @@ def check(cfg: Config) -> None:
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
         (imagine.batch % train.batch, "imagine.batch must be a multiple of train.batch: prompts come from its dialogues"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
+        (imagine.user not in ("live", "frozen", "population"), "imagine.user is live, frozen or population"),
+        (min(imagine.population, imagine.refresh) < 1, "imagine.population and imagine.refresh must be at least 1"),
+        (imagine.candidates < 1 or imagine.batch % imagine.candidates, "imagine.candidates must divide imagine.batch"),
+        (cfg.policy.loss not in ("reinforce", "ppo", "awr", "cloning"), "policy.loss is reinforce, ppo, awr or cloning"),
+        (cfg.policy.baseline not in ("value", "mean", *GROUPED), f"policy.baseline is value, mean, {' or '.join(GROUPED)}"),
+        (
+            cfg.policy.baseline in GROUPED and imagine.candidates == 1,
+            f"policy.baseline={cfg.policy.baseline} compares candidates of one prompt: set imagine.candidates above 1",
+        ),
+        (train.rl_epochs < 1, "train.rl_epochs must be at least 1"),
+        (cfg.world_model.loss not in ("nll", "mae"), "world_model.loss must be nll or mae"),
+        (cfg.world_model.tokens not in ("all", "words", "closing"), "world_model.tokens is all, words or closing"),
         (min(imagine.temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
         (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),
         (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to judge it: set eval.dialogues=0"),

@@ -29,6 +29,7 @@ from mbrl_lm.data.records import Record
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interval
 from mbrl_lm.envs.negotiation import GREEDY, Table, summary
 from mbrl_lm.envs.true_user import TrueUser
+from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.sharding import abstract, pjit
 from mbrl_lm.turns import find_turns
@@ -185,7 +186,7 @@ def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory
     """
     train = dataclasses.replace(cfg.train, supervised_steps=cfg.partner.steps)
     own = dataclasses.replace(cfg, model=cfg.partner.model, train=train)
-    optimizer = learner.make_optimizer(train)
+    optimizer = make_optimizer(train)
     key = jax.random.fold_in(jax.random.key(cfg.seed), np.uint32(2**31))
     init = functools.partial(learner.init_state, net, optimizer)
     with Checkpoints(directory, keep=1) as kept:

@@ -7,6 +7,7 @@ must not be learnt from is out of a mask: the user likelihood sees real user tok
 tokens only.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +17,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from mbrl_lm import config, policy, value, world_model
 from mbrl_lm import protocol as pr
+from mbrl_lm.advantage import advantages
 from mbrl_lm.nn import Net
+from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
-from mbrl_lm.sharding import constrain, letters, pjit
+from mbrl_lm.sharding import constrain, pjit
 from mbrl_lm.turns import find_turns, gather, spread
 from mbrl_lm.types import Array, Dialogue, Heads, TrainState, Turns
-
-ADAM_B2, ADAM_RMS = 0.98, 0.2
 
 
 @flax.struct.dataclass
@@ -41,64 +41,49 @@ class Batch:
     advantage_BT: Array  # f32, of the turn that each assistant token belongs to
 
 
-def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) on the matrices of the trunk and AdamW on the rest, or AdamW on all.
-
-    The rate warms up, falls along a cosine to that of RL, and along another one to a tenth of it. Muon's steps are scaled to
-    the root mean square of Adam's (Liu et al. 2025), so that one rate serves both.
-    """
-    rate = optax.cosine_decay_schedule(cfg.rl_learning_rate, max(cfg.rl_steps, 1), alpha=0.1)
-    if cfg.supervised_steps:
-        warm = min(cfg.warmup, cfg.supervised_steps - 1)
-        supervised = optax.warmup_cosine_decay_schedule(
-            0.0, cfg.learning_rate, warm, cfg.supervised_steps, end_value=cfg.rl_learning_rate
-        )
-        rate = optax.join_schedules([supervised, rate], [cfg.supervised_steps])
-    if cfg.optimizer == "muon":
-        step = optax.contrib.muon(
-            rate,
-            weight_decay=cfg.weight_decay,
-            adam_b2=ADAM_B2,
-            consistent_rms=ADAM_RMS,
-            muon_weight_dimension_numbers=_trunk_matrices,
-        )
-    else:
-        step = optax.adamw(rate, b2=ADAM_B2, weight_decay=cfg.weight_decay, mask=_decays)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), step)
-
-
-def _decays(params: Any) -> Any:
-    """Weight decay falls on matrices, not on norms and other vectors."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
-
-
-def _trunk_matrices(params: Any) -> Any:
-    """Which axes of a parameter are a matrix's input and output, by its letters; None where it is no matrix of the trunk."""
-
-    def axes(path, x):
-        names = letters(path, x.ndim)
-        stacked, names = names.startswith("L"), names.removeprefix("L")
-        if len(names) < 2 or set(names) & set("VWX"):
-            return None
-        first = tuple(i + stacked for i in range(len(names)))
-        into, out = (first[:1], first[1:]) if names[0] == "D" else (first[:-1], first[-1:])
-        return optax.contrib.MuonDimensionNumbers(into, out)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def init_state(net: Net, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    """A fresh state: step 0, and the target and reference equal to the parameters."""
+def init_state(net: Net, optimizer: optax.GradientTransformation, key: Array, population: int = 0) -> TrainState:
+    """A fresh state: step 0, and the target, the reference and a population of P members equal to the parameters."""
     params = net.init(key)
     copy = jax.tree.map(jnp.copy, params)
     reference = jax.tree.map(jnp.copy, params)
+    users = _stacked(params, population) if population else None
     step, zero = jnp.zeros((), jnp.int32), jnp.zeros(())
-    return TrainState(step, params, optimizer.init(params), copy, reference, zero, zero)
+    return TrainState(step, params, optimizer.init(params), copy, reference, users, zero, zero, zero, zero)
+
+
+def initialiser(cfg: config.Config, net: Net) -> Callable[[Array], TrainState]:
+    """key -> the state that a run starts from."""
+    population = cfg.imagine.population if cfg.train.rl_steps and cfg.imagine.user == "population" else 0
+    return functools.partial(init_state, net, make_optimizer(cfg.train), population=population)
 
 
 def begin_rl(state: TrainState) -> TrainState:
-    """Freezes the present policy as the reference of the KL term, and starts the slow critic from it."""
-    return state.replace(target=jax.tree.map(jnp.copy, state.params), reference=jax.tree.map(jnp.copy, state.params))
+    """Freezes the present policy as the reference of the KL term, and starts the slow critic and the population from it."""
+    copy, reference = (jax.tree.map(jnp.copy, state.params) for _ in range(2))
+    users = state.population
+    if users is not None:
+        users = _stacked(state.params, jax.tree.leaves(users)[0].shape[0])
+    return state.replace(target=copy, reference=reference, population=users)
+
+
+def _stacked(params: Any, population: int) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x[None], population, axis=0), params)
+
+
+def remember(state: TrainState, place: Array) -> TrainState:
+    """Puts the present parameters in the place of one member of the population."""
+    users = jax.tree.map(lambda past, now: past.at[place].set(now), state.population, state.params)
+    return state.replace(population=users)
+
+
+def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
+    """Whose parameters speak for the user in imagination: None for the policy's own, a member drawn from the population."""
+    if cfg.user == "live":
+        return None
+    if cfg.user == "frozen":
+        return state.reference
+    place = jax.random.randint(key, (), 0, cfg.population)
+    return jax.tree.map(lambda x: x[place], state.population)
 
 
 def masked_sum(x: Array, mask: Array) -> Array:
@@ -121,12 +106,18 @@ def weights(cfg: config.Loss, rl: bool) -> dict[str, float]:
     }
 
 
-def masks(protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: Array, rl: bool) -> dict[str, Array]:
+def masks(
+    protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: Array, rl: bool, user_tokens: str = "all"
+) -> dict[str, Array]:
     """Which elements each component is made of."""
     imagined_B1 = imagined_B[:, None]
+    user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
+    if user_tokens != "all":
+        closing_BT = world_model.closing_tokens(protocol, dialogue)
+        user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
     real_turn_BU = turns.mask_BU & ~imagined_B1
     learnt = {
-        "user": world_model.user_tokens(dialogue) & ~imagined_B1,
+        "user": user_BT,
         "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & ~imagined_B1,
         "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & ~imagined_B1,
         "value": turns.mask_BU if rl else turns.mask_BU & dialogue.ended_B[:, None],
@@ -152,8 +143,11 @@ def losses(
     scores = score(
         net, protocol, params, dialogue, temperature=cfg.imagine.temperature, reference=reference, dropout_key=dropout_key
     )
+    user_BT = scores.nll_BT
+    if cfg.world_model.loss == "mae":
+        user_BT = world_model.clipped_mae(user_BT, cfg.world_model.threshold)
     out = {
-        "user": scores.nll_BT,
+        "user": user_BT,
         "outcome": scores.nll_BT,
         "assistant": scores.nll_BT,
         "value": value.cross_entropy(gather(scores.value_BTW, turns.open_BU), batch.return_BU, centres_W),
@@ -164,14 +158,34 @@ def losses(
         return out
     # A logged token has no recorded probability: the reference, fitted to the logs, stands in for who wrote it.
     behaviour_BT = jnp.where(dialogue.sampled_BT, dialogue.logp_BT, scores.reference_logp_BT)
-    rho_BT = jnp.where(scores.allowed_BT, policy.importance(scores.logp_BT, behaviour_BT), 0.0)
-    gradient_BT = policy.gradient_loss(scores.logp_BT, batch.advantage_BT, rho_BT)
+    loss_BT = policy.LOSSES[cfg.policy.loss](scores.logp_BT, behaviour_BT, batch.advantage_BT, cfg.policy)
+    gradient_BT = jnp.where(scores.allowed_BT, loss_BT, 0.0)
     return out | {
         "policy_real": gradient_BT,
         "policy_imagined": gradient_BT,
         "kl": scores.kl_BT,
         "entropy": -scores.entropy_BT,
     }
+
+
+def watch_returns(cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array) -> TrainState:
+    """Moves the running range of the returns, and their running means, on by one batch."""
+
+    def moved(old, new):
+        return cfg.scale_decay * old + (1 - cfg.scale_decay) * new
+
+    def mean_of(rows_B, old):
+        chosen_BU = mask_BU & rows_B[:, None]
+        count = jnp.sum(chosen_BU)
+        return jnp.where(count > 0, moved(old, masked_sum(return_BU, chosen_BU) / jnp.maximum(count, 1)), old)
+
+    low, high = value.return_range(return_BU, mask_BU)
+    return state.replace(
+        return_low=moved(state.return_low, low),
+        return_high=moved(state.return_high, high),
+        real_mean=mean_of(~imagined_B, state.real_mean),
+        imagined_mean=mean_of(imagined_B, state.imagined_mean),
+    )
 
 
 def split_rows(tree: Any, parts: int) -> Any:
@@ -249,12 +263,8 @@ def make_update(
         metrics = {}
         advantage_BU = jnp.zeros_like(return_BU)
         if rl:
-            low, high = value.return_range(return_BU, mask_BU)
-            decay = cfg.returns.scale_decay
-            low, high = decay * state.return_low + (1 - decay) * low, decay * state.return_high + (1 - decay) * high
-            state = state.replace(return_low=low, return_high=high)
-            scale = jnp.maximum(cfg.returns.scale_floor, high - low)
-            advantage_BU = (return_BU - open_v_BU) / scale
+            state = watch_returns(cfg.returns, state, return_BU, mask_BU, imagined_B)
+            advantage_BU = advantages(cfg, state, return_BU, open_v_BU, mask_BU, real.token_BT.shape[0])
             for name, rows_B in (("real", ~imagined_B), ("imagined", imagined_B)):
                 chosen_BU = mask_BU & rows_B[:, None]
                 count = jnp.sum(chosen_BU, dtype=jnp.float32)
@@ -262,11 +272,11 @@ def make_update(
                 metrics[f"train/{name}_reward"] = masked_sum(rows.reward_BU, chosen_BU), jnp.sum(rows_B, dtype=jnp.float32)
                 metrics[f"train/{name}_value_error"] = masked_sum((return_BU - open_v_BU) ** 2, chosen_BU), count
                 metrics[f"train/{name}_turns"] = count, jnp.sum(rows_B, dtype=jnp.float32)
-            metrics["train/return_scale"] = scale, jnp.ones(())
+            metrics["train/return_range"] = state.return_high - state.return_low, jnp.ones(())
         batch = Batch(
             dialogue=rows,
             turns=turns,
-            masks=masks(protocol, rows, turns, imagined_B, rl),
+            masks=masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens),
             return_BU=return_BU,
             advantage_BT=spread(protocol, rows, advantage_BU),
         )
@@ -284,21 +294,30 @@ def make_update(
             total = {name: masked_sum(per_element[name], part.masks[name]) for name in weight}
             return sum(weight[name] * total[name] / jnp.maximum(count[name], 1.0) for name in weight), total
 
-        def accumulate(carry, x):
-            (_, total), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *x)
-            return jax.tree.map(jnp.add, carry, (gradient, total)), None
+        def improve(state: TrainState, key: Array):
+            """One step of the optimiser."""
 
-        parts = parts_of(batch.return_BU.shape[0])
-        start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
-        (gradient, total), _ = jax.lax.scan(accumulate, start, (split_rows(batch, parts), jax.random.split(key, parts)))
+            def accumulate(carry, x):
+                (_, total), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *x)
+                return jax.tree.map(jnp.add, carry, (gradient, total)), None
 
-        step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, step)
-        target = optax.incremental_update(params, state.target, 1 - cfg.returns.target_decay)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, target=target)
-        metrics |= {f"loss/{name}": (total[name], count[name]) for name in weight}
-        metrics["gradient_norm"] = optax.tree.norm(gradient), jnp.ones(())
-        return state, metrics
+            parts = parts_of(batch.return_BU.shape[0])
+            start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
+            (gradient, total), _ = jax.lax.scan(accumulate, start, (split_rows(batch, parts), jax.random.split(key, parts)))
+            step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, step)
+            target = optax.incremental_update(params, state.target, 1 - cfg.returns.target_decay)
+            state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, target=target)
+            found = {f"loss/{name}": (total[name], count[name]) for name in weight}
+            return state, found | {"gradient_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+
+        epochs = cfg.train.rl_epochs if rl else 1
+        if epochs == 1:
+            state, found = improve(state, key)
+        else:  # the figures of the first one are those of the batch as it was drawn
+            state, found = jax.lax.scan(improve, state, jax.random.split(key, epochs))
+            found = jax.tree.map(lambda x: x[0], found)
+        return state, metrics | found
 
     return update
 

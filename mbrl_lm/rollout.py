@@ -4,7 +4,8 @@ Each step writes exactly one token in *every* row. A row's role changes when tha
 is no barrier at the turns, no padding between them, one scalar cache index and a purely causal mask. A row reads its prompt
 until that runs out, then samples; so ragged prompts need no padding on the left.
 
-A *view* is one stream of tokens with its own network and parameters. `imagine` has one view: the network writes both sides.
+A *view* is one stream of tokens with its own network and parameters. `imagine` has one view: the network writes both sides;
+or two of the same tokens, where other parameters speak for the user.
 `converse` has two, mirrored: each party sees its own private context and is the assistant of its own view; every step both
 read the same token, sampled from the view whose owner is speaking.
 """
@@ -115,6 +116,13 @@ def _mirrored(protocol: pr.Protocol, streams: Sequence[Stream], wrote: Sequence[
     return read
 
 
+def _shared(streams: Sequence[Stream], wrote: Sequence[Any]) -> list[Any]:
+    """What both views read when they see the same tokens: the second one speaks for the user."""
+    user_B = streams[0].role_B == pr.USER
+    said = tuple(jnp.where(user_B, theirs_B, ours_B) for ours_B, theirs_B in zip(*wrote, strict=True))
+    return [said, said]
+
+
 def _converse(
     protocol: pr.Protocol,
     views: Sequence[View],
@@ -123,8 +131,9 @@ def _converse(
     tokens: int,
     turns: int,
     temperature: Array | float,
+    mirrored: bool = False,
 ) -> list[Dialogue]:
-    """The token loop over one view, or over two mirrored ones."""
+    """The token loop over one view, or over two: of the same tokens, or mirrored."""
     switch_RV = jnp.asarray(protocol.switch_RV).astype(jnp.int32)
     first = views[0].prompt
     length_B = prompt_lengths(first)
@@ -163,7 +172,8 @@ def _converse(
         t, streams, taken_B, done_B = carry
         live_B = (t >= length_B) & ~done_B
         streams, wrote = zip(*(write(v, s, t, i) for i, (v, s) in enumerate(zip(views, streams, strict=True))), strict=True)
-        wrote = _mirrored(protocol, streams, wrote) if len(views) == 2 else wrote
+        if len(views) == 2:
+            wrote = _mirrored(protocol, streams, wrote) if mirrored else _shared(streams, wrote)
         after = [read(s, t, *w, live_B) for s, w in zip(streams, wrote, strict=True)]
         speakers = (pr.ASSISTANT, pr.USER)
         old_B, new_B = streams[0].role_B, after[0].role_B
@@ -206,6 +216,7 @@ def imagine(
     tokens: int,
     turns: int,
     temperature: Array | float = 1.0,
+    user: Params | None = None,
 ) -> Dialogue:
     """Continues each dialogue with one network on both sides.
 
@@ -218,9 +229,10 @@ def imagine(
       tokens: T of the result.
       turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
       temperature: of the sampling distribution, one or per role.
+      user: other parameters of the same network, which speak for the user.
     """
-    view = View(net, params, prompt)
-    return _converse(protocol, [view], key, tokens=tokens, turns=turns, temperature=temperature)[0]
+    views = [View(net, params, prompt)] + ([] if user is None else [View(net, user, prompt)])
+    return _converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature)[0]
 
 
 def converse(
@@ -238,5 +250,5 @@ def converse(
     The two prompts of a row must have the same length and mirrored hand-overs. In either result `sampled_BT` is true on the
     tokens of both parties. Arguments as in `imagine`; the random numbers follow the uid of `ours`.
     """
-    ours_D, theirs_D = _converse(protocol, [ours, theirs], key, tokens=tokens, turns=turns, temperature=temperature)
-    return ours_D, theirs_D
+    views = [ours, theirs]
+    return tuple(_converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, mirrored=True))

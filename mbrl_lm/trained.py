@@ -1,6 +1,5 @@
 """A run as it was left: what the programs start from that look at a trained model."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -35,8 +34,7 @@ def load(run: app.Run) -> Trained:
     cfg, mesh = run.config, sharding.make_mesh(run.config.mesh)
     corpus = load_corpus(cfg, run.workdir)
     net = nn.make_net(cfg.model, corpus.protocol.vocab_size)
-    init = functools.partial(learner.init_state, net, learner.make_optimizer(cfg.train))
-    shapes = sharding.abstract(jax.eval_shape(init, jax.random.key(cfg.seed)), mesh)
+    shapes = sharding.abstract(jax.eval_shape(learner.initialiser(cfg, net), jax.random.key(cfg.seed)), mesh)
     replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
     with Checkpoints(run.checkpoints, keep=None) as kept:
         step, state, _, _ = kept.restore(shapes, replay.arrays())

@@ -92,5 +92,8 @@ class TrainState:
     opt_state: Any
     target: Params  # exponential moving average of params, for the slow critic
     reference: Params  # the policy that KL is measured against, frozen when RL starts
+    population: Params  # past parameters, P of each stacked, that speak for imagined users; None if nobody asks for them
     return_low: Array  # f32, running percentiles of the lambda-returns
-    return_high: Array  # f32
+    return_high: Array
+    real_mean: Array  # f32, running mean of the returns of real turns
+    imagined_mean: Array  # f32, the same of imagined ones  # f32

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from tiny import config_of, norm, random_dialogues, world
 
 from mbrl_lm import learner, rollout
+from mbrl_lm.optimizer import make_optimizer
 
 FILE = pathlib.Path(__file__).parent / "golden_first_step.json"
 MESSAGE = """The first steps of a run have changed: some arithmetic between a dialogue and a parameter is not what it was
@@ -22,7 +23,7 @@ def first_steps() -> dict[str, float]:
     # Large, so that every part of the optimiser shows in the fourth digit.
     cfg.train.learning_rate, cfg.train.rl_learning_rate, cfg.train.weight_decay = 1e-2, 1e-2, 0.3
     w = world("chat", model__layers=1)
-    optimizer = learner.make_optimizer(cfg.train)
+    optimizer = make_optimizer(cfg.train)
     real = random_dialogues(w.protocol, 4, cfg.train.batch, cfg.tokens, cfg.turns)
     by_likelihood, by_return = (
         jax.jit(learner.make_update(w.net, w.protocol, cfg, optimizer, rl=rl)) for rl in (False, True)

@@ -8,6 +8,7 @@ import numpy as np
 from tiny import config_of, random_dialogues, world
 
 from mbrl_lm import config, learner, rollout, sharding
+from mbrl_lm.optimizer import make_optimizer
 
 ROWS, STEPS = 16, 3
 
@@ -16,7 +17,7 @@ def on_mesh(sizes: list[int]) -> dict:
     cfg = config_of(model__layers=1, train__micro_batch=1, train__supervised_steps=STEPS)
     w = world("chat", model__layers=1, vocab=28)
     mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
-    optimizer = learner.make_optimizer(cfg.train)
+    optimizer = make_optimizer(cfg.train)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     traces = {"likelihood": 0, "return": 0, "imagine": 0}
 

@@ -17,6 +17,7 @@ from mbrl_lm.data.records import Record, Turn
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, TRAIN_TYPES, vocabulary
 from mbrl_lm.judge import ConciergeJudge, Imagination, PartnerJudge, gap, make_judge
 from mbrl_lm.nn import make_net
+from mbrl_lm.optimizer import make_optimizer
 
 KEY = jax.random.key(4)
 V = pr.FIRST_PIECE + 8
@@ -147,7 +148,7 @@ def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_th
     first, resumed, again = fit(tmp_path / "a"), fit(tmp_path / "a"), fit(tmp_path / "b")
     assert len(fed) == 2 * cfg.partner.steps and all(x is corpus.others for x in fed)
     start = learner.init_state(
-        make_net(cfg.partner.model, V), learner.make_optimizer(cfg.train), jax.random.key(cfg.seed)
+        make_net(cfg.partner.model, V), make_optimizer(cfg.train), jax.random.key(cfg.seed)
     ).params
     for a, b, c, untrained in zip(*map(jax.tree.leaves, (first, resumed, again, start)), strict=True):
         assert (a == b).all() and (a == c).all() and a.shape == untrained.shape

@@ -257,3 +257,52 @@ def test_golden_first_step():
     assert stored.keys() == found.keys(), golden.MESSAGE
     wrong = {k: (stored[k], found[k]) for k in stored if not np.isclose(stored[k], found[k], rtol=1e-4, atol=1e-4)}
     assert not wrong, f"{golden.MESSAGE}\n(stored, found): {wrong}"
+
+
+def test_which_user_tokens_are_learnt():
+    w, real = learner_world(), real_rows()
+    turns = find_turns(w.protocol, real)
+    nobody_B = jnp.zeros(B, bool)
+    parts = {x: learner.masks(w.protocol, real, turns, nobody_B, False, x)["user"] for x in ("all", "words", "closing")}
+    assert (parts["words"] | parts["closing"] == parts["all"]).all() and not (parts["words"] & parts["closing"]).any()
+    assert (np.asarray(real.token_BT)[np.asarray(parts["words"])] >= pr.FIRST_PIECE).all()
+    assert np.isin(np.asarray(real.token_BT)[np.asarray(parts["closing"])], [pr.TO_ASSISTANT, pr.STOP, pr.LEAVE]).all()
+
+
+def test_two_epochs_are_two_steps_on_the_same_dialogues():
+    """The targets of an update are computed once: the second step sees the advantages of the first."""
+    w = learner_world()
+    start = learner.init_state(w.net._replace(init=lambda key: w.params), optax.sgd(0.1), jax.random.key(0))
+    real, imagined = real_rows(), imagined_rows()
+    steps = {}
+    for n in (1, 2):
+        cfg = config_of(model__layers=1, model__tied=False, train__rl_epochs=n)
+        steps[n] = jax.jit(learner.make_update(w.net, w.protocol, cfg, optax.sgd(0.1), rl=True))
+    first, shown = steps[1](start, real, imagined, jax.random.key(0))
+    both, metrics = steps[2](start, real, imagined, jax.random.key(0))
+    assert int(both.step) == 2 and int(first.step) == 1
+    np.testing.assert_allclose(metrics["loss/policy_real"], shown["loss/policy_real"], rtol=1e-5)
+    moved = largest_difference(both.params, first.params)
+    assert 0.2 * largest_difference(first.params, start.params) < moved < 2 * largest_difference(first.params, start.params)
+
+
+def test_who_speaks_for_the_imagined_user():
+    w = learner_world()
+    net = w.net._replace(init=lambda key: w.params)
+    init = functools.partial(learner.init_state, net, optax.sgd(0.1), jax.random.key(0))
+    state = learner.begin_rl(init(population=3).replace(params=noisy(w.params, 1)))
+    others = [noisy(w.params, seed) for seed in (2, 3)]
+    for place, params in enumerate(others):
+        state = learner.remember(state.replace(params=params), jnp.int32(place))
+    members = [*others, noisy(w.params, 1)]  # the last place still holds who was there when RL began
+
+    def user(name, seed=0):
+        cfg = config_of(imagine__user=name, imagine__population=3).imagine
+        return learner.imagined_user(cfg, state, jax.random.key(seed))
+
+    def off(seed):
+        return [largest_difference(user("population", seed), member) for member in members]
+
+    assert user("live") is None and largest_difference(user("frozen"), members[2]) == 0
+    assert {int(np.argmin(off(seed))) for seed in range(20)} == {0, 1, 2} and min(off(0)) == 0
+    assert init().population is None and learner.begin_rl(init()).population is None

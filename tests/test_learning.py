@@ -10,6 +10,7 @@ from tiny import config_of, dialogue, random_dialogues, tokens, world
 
 from mbrl_lm import learner, rollout
 from mbrl_lm import protocol as pr
+from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.scoring import policy_logits
 
 # The toy: the assistant says one word; the user answers `f` (good) to the word `a` and `g` (bad) to any other, and stops.
@@ -52,7 +53,7 @@ def prompts(w):
 
 def test_one_batch_is_learnt_by_heart():
     w = world("chat", model__layers=2, model__width=32, train__supervised_steps=150, train__learning_rate=1e-2)
-    optimizer = learner.make_optimizer(config_of(train__supervised_steps=150, train__learning_rate=1e-2).train)
+    optimizer = make_optimizer(config_of(train__supervised_steps=150, train__learning_rate=1e-2).train)
     update = jax.jit(learner.make_update(w.net, w.protocol, w.cfg, optimizer, rl=False))
     real, state = random_dialogues(w.protocol, 1, 4), start_state(w, optimizer, 0)
     losses = []
@@ -66,7 +67,7 @@ def test_one_batch_is_learnt_by_heart():
 
 def test_a_rewarded_word_becomes_likelier_on_the_real_path():
     w, values = toy_world(train__supervised_steps=0, loss__kl=0.0), {"train__supervised_steps": 0, "loss__kl": 0.0}
-    optimizer = learner.make_optimizer(w.cfg.train)
+    optimizer = make_optimizer(w.cfg.train)
     update = jax.jit(learner.make_update(w.net, w.protocol, w.cfg, optimizer, rl=True))
     speak = jax.jit(lambda p, d, k: rollout.imagine(w.net, w.protocol, p, d, k, tokens=T, turns=1))
     state, chance = start_state(w, optimizer, 0), chance_of_the_right_word(**values)
@@ -92,7 +93,7 @@ def through_imagination(useful: bool, seed: int) -> tuple[float, float, float]:
     """
     values = {"train__supervised_steps": 150, "loss__policy_real": 0.0, "train__learning_rate": 1e-2}
     w = toy_world(**values)
-    optimizer = learner.make_optimizer(w.cfg.train)
+    optimizer = make_optimizer(w.cfg.train)
     by_likelihood, by_return = (
         jax.jit(learner.make_update(w.net, w.protocol, w.cfg, optimizer, rl=rl)) for rl in (False, True)
     )

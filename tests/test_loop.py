@@ -12,6 +12,7 @@ from tiny import config_of, dialogue, world
 from mbrl_lm import app, learner
 from mbrl_lm.checkpoint import saved_steps
 from mbrl_lm.loop import Loop
+from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.replay import Replay
 
 CFG = config_of(checkpoint_every=2, log_every=1, eval__every=3, train__supervised_steps=4, train__rl_steps=3)
@@ -21,7 +22,7 @@ TOTAL = 7
 @functools.cache
 def parts():
     w = world("chat", model__layers=1)
-    return functools.partial(learner.init_state, w.net, learner.make_optimizer(CFG.train)), w
+    return functools.partial(learner.init_state, w.net, make_optimizer(CFG.train)), w
 
 
 def go(workdir, stop_at=None):

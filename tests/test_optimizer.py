@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from mbrl_lm import config, learner, nn
+from mbrl_lm import config, nn
+from mbrl_lm.optimizer import ADAM_RMS, _trunk_matrices, make_optimizer
 
 MODEL = config.Model(layers=2, width=32, heads=4, kv_heads=2, mlp_width=48)
 
@@ -14,7 +15,7 @@ MODEL = config.Model(layers=2, width=32, heads=4, kv_heads=2, mlp_width=48)
 @pytest.mark.parametrize("scanned", [False, True])
 def test_the_trunks_matrices_are_read_off_their_letters(scanned):
     params = nn.make_net(config.Model(**{**MODEL.__dict__, "scan_layers": scanned}), 50).init(jax.random.key(0))
-    axes = learner._trunk_matrices(params)
+    axes = _trunk_matrices(params)
     block, s = axes["blocks" if scanned else "blocks_0"], int(scanned)
     assert block["attention"]["wq_DNH"] == MuonDimensionNumbers((s,), (s + 1, s + 2))
     assert block["attention"]["wo_NHD"] == MuonDimensionNumbers((s, s + 1), (s + 2,))
@@ -26,20 +27,20 @@ def test_the_trunks_matrices_are_read_off_their_letters(scanned):
 def test_a_step_of_muon_turns_all_directions_alike_and_has_the_size_of_adams():
     params = nn.make_net(MODEL, 50).init(jax.random.key(0))
     train = config.Train(supervised_steps=0, rl_learning_rate=1.0, weight_decay=0.0, clip=1e9)
-    optimizer = learner.make_optimizer(train)
+    optimizer = make_optimizer(train)
     gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
     step, _ = optimizer.update(gradient, optimizer.init(params), params)
     up_DF = np.asarray(step["blocks_0"]["mlp"]["up_DF"])
     singular = np.linalg.svd(up_DF, compute_uv=False)
     assert singular.max() / singular.min() < 2  # of the gradient it is about 9
-    np.testing.assert_allclose(np.sqrt(np.mean(up_DF**2)), learner.ADAM_RMS, rtol=0.2)
+    np.testing.assert_allclose(np.sqrt(np.mean(up_DF**2)), ADAM_RMS, rtol=0.2)
     assert np.ptp(np.abs(step["embed_VD"])) < 1e-3  # of Adam, whose first step has one size everywhere
 
 
 def test_the_rate_falls_to_that_of_rl_and_then_to_a_tenth_of_it():
     train = config.Train(supervised_steps=10, rl_steps=20, warmup=2, learning_rate=1.0, rl_learning_rate=0.1)
     train.weight_decay = 0.0
-    optimizer = learner.make_optimizer(config.Train(**{**train.__dict__, "optimizer": "adamw"}))
+    optimizer = make_optimizer(config.Train(**{**train.__dict__, "optimizer": "adamw"}))
     params = {"scale_D": jnp.ones(3)}
     state, sizes = optimizer.init(params), []
     for _ in range(31):

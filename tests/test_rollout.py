@@ -191,3 +191,25 @@ def test_it_reads_its_parameters():
     prompt, _ = ragged("chat")
     a, b = (write(p, prompt, 0, TEMPERATURE) for p in (w.params, noisy(w.params, 9)))
     assert (a.token_BT != b.token_BT).any()
+
+
+def test_other_parameters_may_speak_for_the_user():
+    """Each side's tokens have the log-probabilities of its own parameters, and both have read all tokens."""
+    w, write = writer("chat")
+    prompt, _ = ragged("chat")
+    theirs = noisy(w.params, 9, 0.5)
+
+    def talk(user):
+        settings = {"tokens": T, "turns": 99, "temperature": TEMPERATURE, "user": user}
+        return rollout.imagine(w.net, w.protocol, w.params, prompt, jax.random.key(0), **settings)
+
+    out = jax.device_get(jax.jit(talk)(theirs))
+    scores = {
+        role: jax.jit(lambda p: score(w.net, w.protocol, p, out, temperature=TEMPERATURE))(params).logp_BT
+        for role, params in ((pr.ASSISTANT, w.params), (pr.USER, theirs))
+    }
+    for role, logp_BT in scores.items():
+        here_BT = out.sampled_BT & (out.author_BT == role)
+        assert here_BT.sum() > 20 and largest_difference(logp_BT[here_BT], out.logp_BT[here_BT]) < 2e-5
+    assert (jax.device_get(write(w.params, prompt, 0, TEMPERATURE)).token_BT != out.token_BT).any()
+    assert (out.author_BT == np.asarray(pr.parse(w.protocol, out.token_BT)[0])).all()

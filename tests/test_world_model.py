@@ -1,5 +1,6 @@
 """What the model of the user is trained on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tiny import dialogue
@@ -30,3 +31,17 @@ def test_end_loss_by_hand():
     loss = world_model.end_loss(logit, jnp.array([[True, True, False, False]]))
     p = 1 / (1 + np.exp(-np.array([0.0, 2.0, 2.0, -3.0])))
     np.testing.assert_allclose(loss, -np.log([[p[0], p[1], 1 - p[2], 1 - p[3]]]), rtol=1e-5)
+
+
+def test_clipped_mae_by_hand():
+    """Nothing is asked of a token that is likely enough; what is asked of the others is linear in their probability."""
+    nll = -jnp.log(jnp.array([[0.05, 0.2, 0.21, 1.0]]))
+    np.testing.assert_allclose(world_model.clipped_mae(nll, 0.2), [[0.95, 0.8, 0, 0]], rtol=1e-5)
+    gradient = jax.grad(lambda x: world_model.clipped_mae(x, 0.2).sum())(nll)
+    np.testing.assert_allclose(gradient, [[0.05, 0.2, 0, 0]], rtol=1e-5)  # p, where cross-entropy has 1
+
+
+def test_closing_tokens():
+    d = dialogue(CHAT, ["bos a >u b c >a d >u stop", "bos a >u b c >a d >u leave"], T=10)
+    assert world_model.closing_tokens(CHAT, d)[0].tolist() == [t in (5, 8) for t in range(10)]
+    assert world_model.closing_tokens(CHAT, d)[1].tolist() == [t in (5, 8) for t in range(10)]
