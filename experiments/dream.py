@@ -57,7 +57,9 @@ def main(run: app.Run):
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
     imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
-    user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, cfg.collect.batch) if cfg.collect.every else None
+    user = None
+    if cfg.collect.every:
+        user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, cfg.collect.batch, cfg.signal)
 
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
@@ -100,7 +102,7 @@ def main(run: app.Run):
             loop.phase("last evaluation")
             figures, samples, _ = evaluation.final(loop.state.params, seed)
             figures |= {"real_dialogues": len(corpus.train.uid_B) + replay.collected, "gradient_steps": gradients}
-            figures["logs/return"] = float(corpus.train.reward_BU.sum(axis=1).mean())
+            figures[f"logs/{cfg.signal}"] = float(corpus.train.reward_BU.sum(axis=1).mean())
             loop.write(figures, samples)
     if loop.finished:
         app.conclude(run, figures | {"wall_s": loop.wall_s}, samples)

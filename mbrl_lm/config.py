@@ -152,6 +152,7 @@ class Config:
     seed: int = 0
     logs: int = 2000  # dialogues of mediocre assistants that the embedded environment is learnt from
     val_logs: int = 500  # held out of them
+    signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply
     tokens: int = 192  # T, of a dialogue
     widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
     turns: int = 12  # U, assistant turns of a dialogue
@@ -206,19 +207,19 @@ NEGOTIATION = {
     "turns": 16,
     "turn_tokens": 40,
     "tokenizer.min_count": 21,
-    "model.dropout": 0.1,
+    "model.dropout": 0.2,
     "imagine.reward": "split",
     "imagine.replies": 16,
     "collect.every": 0,
     "eval.temperature": 0.5,
-    "eval.every": 250,
+    "eval.every": 400,
     "eval.final_dialogues": 800,
     "loss.assistant": 1.0,
     "loss.kl": 0.2,
-    "train.supervised_steps": 1000,
-    "train.renamed": 0.6,
+    "train.supervised_steps": 1600,
+    "train.renamed": 0.8,
     "train.rl_steps": 100,
-    "train.rl_learning_rate": 2e-4,
+    "train.rl_learning_rate": 1e-4,
 }
 PAPER = NEGOTIATION | {  # three quarters of an hour on two cores
     "model.width": 160,
@@ -230,9 +231,7 @@ PAPER = NEGOTIATION | {  # three quarters of an hour on two cores
     "train.renamed": 0.9,
     "train.supervised_steps": 3800,
     "train.rl_steps": 150,
-    "train.rl_learning_rate": 1e-4,
     "partner.share": 0.1,
-    "eval.every": 400,
 }
 NO_RL = {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0, "eval.dialogues": 0, "eval.final_dialogues": 0}
 CHAT = NO_RL | {  # recorded conversations without a reward: the world model and its supervised policy
@@ -308,6 +307,8 @@ def check(cfg: Config) -> None:
     rl = train.rl_steps > 0
     for wrong, message in (
         (not online and not cfg.data_dir, f"--config.data={cfg.data} reads raw files: give --config.data_dir=DIR"),
+        (cfg.signal not in ("return", "rating"), "signal must be return or rating"),
+        (cfg.signal == "rating" and not online, "signal=rating is known for data=concierge only"),
         (model.width % model.heads, "model.heads must divide model.width"),
         (model.heads % model.kv_heads, "model.kv_heads must divide model.heads"),
         ((model.width // model.heads) % 2, "model.width / model.heads must be even: rotary embeddings turn pairs"),

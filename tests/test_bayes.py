@@ -83,6 +83,15 @@ def test_filter_equals_brute_force(split):
     assert len(ends) > 1
 
 
+def test_a_user_tires_for_the_filter_too():
+    """Small talk until every turn costs patience because it is late."""
+    turns = [("user", "i need a place")]
+    for _ in range(automaton.TIRED_AFTER + 2):
+        turns += [("assistant", "hello , welcome"), ("user", "ok , i still need a place")]
+    brute, _ = enumerate_paths(CATALOGUE, turns, "", "train")
+    np.testing.assert_allclose(read(CATALOGUE.text(), turns, "").log_prob_U, brute, rtol=1e-9)
+
+
 def test_every_log_is_possible_and_worth_what_it_earned():
     env = Concierge(5, range(300), "train", noise=0.1)
     records = converse(Mixture(), env)
@@ -155,7 +164,7 @@ def test_text_that_no_user_says_is_minus_infinity_and_loses_nothing():
 
 def test_an_answer_that_was_not_seen_is_summed_over():
     """p(later answer) = sum over the hidden one, of users who stay."""
-    said, later = "what area ?", ("how about bolt ?", "no , something else please", "")
+    said, later = "how about coral , a cosy cafe ?", ("how about bolt ?", "no , something else please", "")
     hidden = Filter(CATALOGUE)
     hidden.opening("i need a place")
     answers = {text: p for (text, ended), p in hidden.answers(said).items() if not ended}

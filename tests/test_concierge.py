@@ -170,6 +170,19 @@ def test_pleasing_does_worse_than_asking(played):
     assert pleaser[2] < mixture[1]
 
 
+def test_the_rating_is_another_signal_of_the_same_dialogues():
+    by_return, by_rating = (converse(Mixture(), Concierge(2, range(200)), signal=name) for name in ("return", "rating"))
+    pleased = converse(Pleaser(), Concierge(2, range(200)), signal="rating")
+
+    def rewards(records):
+        return [turn["reward"] for record in records for turn in record["turns"] if turn["role"] == "assistant"]
+
+    assert [[t["text"] for t in r["turns"]] for r in by_return] == [[t["text"] for t in r["turns"]] for r in by_rating]
+    assert 0 <= min(rewards(by_rating)) and max(rewards(by_rating)) <= 1 and min(rewards(by_return)) < 0
+    mixture, pleaser = (mean_interval(rewards(records)) for records in (by_rating, pleased))
+    assert pleaser[1] > mixture[2], "what pleases at the moment is rated higher"
+
+
 def test_logs_are_mediocre_and_hold_no_exploit(logged):
     rewards = [sum(turn.get("reward", 0.0) for turn in record["turns"]) for record in logged]
     won = [float(max(turn.get("reward", -1.0) for turn in record["turns"]) > 0.97) for record in logged]

@@ -98,6 +98,13 @@ def replayed(dialogues, b):
     return rewards, totals, env.outcome(0), "turns"
 
 
+def test_the_signal_may_be_the_rating(played):
+    rated = TrueUser(config_of(), policy()[0], protocol(), words(), one_device(), ROWS, "rating")
+    dialogues, outcomes = rated.play(policy()[1], KEY, UIDS, "test", TEMPERATURE)
+    assert (dialogues.token_BT == played[0].token_BT).all() and outcomes == played[1]
+    assert dialogues.reward_BU.min() >= 0 and dialogues.reward_BU.max() > 0 and played[0].reward_BU.min() < 0
+
+
 def test_replaying_the_text_by_hand_gives_the_same_user_the_same_rewards_and_the_same_end(played):
     dialogues, outcomes = played
     reasons = set()

@@ -26,10 +26,13 @@ class TrueUser:
       net, protocol, tokenizer: of the policy.
       mesh: the device mesh.
       rows: dialogues at a time.
+      signal: what `reward_BU` is: "return", or "rating", what such a user would give each single reply.
     """
 
-    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int):
-        self.cfg, self.protocol, self.tokenizer, self.rows = cfg, protocol, tokenizer, rows
+    def __init__(
+        self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int, signal="return"
+    ):
+        self.cfg, self.protocol, self.tokenizer, self.rows, self.signal = cfg, protocol, tokenizer, rows, signal
 
         def write_turn(params, prompt, temperature, key):
             return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature)
@@ -95,7 +98,7 @@ class TrueUser:
             replies = env.step([text if goes_on else None for text, goes_on in zip(spoken, going, strict=True)])
             for b in np.flatnonzero(going):
                 reply = replies[b]
-                dialogue.reward_BU[b, turn] = sum(reply.reward.values())
+                dialogue.reward_BU[b, turn] = reply.signal(self.signal)
                 for name, x in reply.reward.items():
                     totals[b][name] = totals[b].get(name, 0.0) + x
                 tokens = [*self.tokenizer.encode(reply.text), ENDING[reply.ended]]

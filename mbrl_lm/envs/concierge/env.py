@@ -43,6 +43,10 @@ class Reply:
     reward: dict[str, float]  # earned by the assistant turn just answered
     rating: float  # in [0, 1]
 
+    def signal(self, name: str) -> float:
+        """What is learnt from: "return", the sum of all reward components, or "rating"."""
+        return self.rating if name == "rating" else sum(self.reward.values())
+
 
 @dataclasses.dataclass
 class Row:

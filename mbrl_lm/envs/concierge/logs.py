@@ -9,15 +9,16 @@ from mbrl_lm.envs.concierge.env import LOG_UIDS, Concierge
 _CHUNK = 256
 
 
-def converse(assistant, env: Concierge, seed: int = 0) -> list[dict]:
+def converse(assistant, env: Concierge, seed: int = 0, signal: str = "return") -> list[dict]:
     """Plays every dialogue of `env` to its end.
 
     Args:
       assistant: anything with `act(brief, history) -> text`.
       seed: of the assistant's own luck.
+      signal: what a record gives as a turn's reward, see `Reply.signal`.
 
     Returns:
-      chat_jsonl records: context, turns (role, text, and on the assistant's the summed reward), ended, scenario.
+      chat_jsonl records: context, turns (role, text, and on the assistant's the reward), ended, scenario.
     """
     notes = briefs(env, seed)
     histories: list[list[tuple[str, str]]] = [[("user", text)] for text in env.openings]
@@ -36,9 +37,8 @@ def converse(assistant, env: Concierge, seed: int = 0) -> list[dict]:
             if reply is None:
                 continue
             history += [("assistant", text), ("user", reply.text)]
-            reward = round(sum(reply.reward.values()), 6)
             record["turns"] += [
-                {"role": "assistant", "text": text, "reward": reward},
+                {"role": "assistant", "text": text, "reward": round(reply.signal(signal), 6)},
                 {"role": "user", "text": reply.text},
             ]
             record["ended"] = reply.ended
@@ -51,14 +51,14 @@ def play(assistant, env: Concierge, seed: int = 0) -> list[dict]:
     return [env.outcome(i) for i in range(len(env.rows))]
 
 
-def logs(seed: int, n: int, noise: float = 0.0) -> Iterator[dict]:
+def logs(seed: int, n: int, noise: float = 0.0, signal: str = "return") -> Iterator[dict]:
     """`n` chat_jsonl records of the behaviour mixture with users of the training types, over the first `n` of LOG_UIDS.
 
-    A record depends on (seed, its uid, noise) only, so that more logs begin with the same ones.
+    A record depends on (seed, its uid, noise, signal) only, so that more logs begin with the same ones.
     """
     for start in range(0, n, _CHUNK):
         uids = LOG_UIDS[start : min(start + _CHUNK, n)]
-        yield from converse(Mixture(), Concierge(seed, uids, "train", noise), seed)
+        yield from converse(Mixture(), Concierge(seed, uids, "train", noise), seed, signal)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
