@@ -24,7 +24,7 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     key, uids = jax.random.key(cfg.seed), POLICY_UIDS[: cfg.eval.user_dialogues]
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
-    figures = yardsticks.with_true_user(cfg.seed, TEST_UIDS[: cfg.eval.final_dialogues])
+    figures = yardsticks.with_true_user(cfg.seed, TEST_UIDS[: cfg.eval.final_dialogues], cfg.noise)
     if cfg.imagine.reward:
         imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows=64)
         figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, uids)
@@ -33,7 +33,7 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
     compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
     for where, dialogues in (("recorded", corpus.val), ("policy", induced)):
-        told = compare.report(decode(dialogues, corpus.tokenizer)[: len(uids)], "train")
+        told = compare.report(decode(dialogues, corpus.tokenizer)[: len(uids)], "train", cfg.noise)
         figures |= {f"user/{where}/{name}": x for name, x in told.items()}
     return figures
 

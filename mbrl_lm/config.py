@@ -152,6 +152,7 @@ class Config:
     seed: int = 0
     logs: int = 2000  # dialogues of mediocre assistants that the embedded environment is learnt from
     val_logs: int = 500  # held out of them
+    noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
     signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply
     tokens: int = 192  # T, of a dialogue
     widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
@@ -221,7 +222,7 @@ NEGOTIATION = {
     "train.rl_steps": 100,
     "train.rl_learning_rate": 1e-4,
 }
-PAPER = NEGOTIATION | {  # three quarters of an hour on two cores
+PAPER = NEGOTIATION | {  # an hour on two cores
     "model.width": 160,
     "model.heads": 5,
     "model.kv_heads": 5,
@@ -308,6 +309,8 @@ def check(cfg: Config) -> None:
     for wrong, message in (
         (not online and not cfg.data_dir, f"--config.data={cfg.data} reads raw files: give --config.data_dir=DIR"),
         (cfg.signal not in ("return", "rating"), "signal must be return or rating"),
+        (not 0 <= cfg.noise < 1, "noise is a probability below 1"),
+        (cfg.noise and not online, "noise is put into the users of data=concierge only"),
         (cfg.signal == "rating" and not online, "signal=rating is known for data=concierge only"),
         (model.width % model.heads, "model.heads must divide model.width"),
         (model.heads % model.kv_heads, "model.kv_heads must divide model.heads"),

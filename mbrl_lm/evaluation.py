@@ -58,7 +58,8 @@ class Evaluation:
         found = self._evaluate(params, key, self._cfg.eval.final_dialogues)
         figures = found.figures | self._heldout.open_loop(params, key)
         if self._cfg.data == "concierge":
-            figures["user_nll_floor/val"] = user_nll_floor(self._corpus.val, self._corpus.tokenizer)
+            corpus, noise = self._corpus, self._cfg.noise
+            figures["user_nll_floor/val"] = user_nll_floor(corpus.val, corpus.tokenizer, "train", noise)
         return found._replace(figures=figures)
 
     def _evaluate(self, params: Params, key: Array, dialogues: int) -> Findings:
@@ -73,12 +74,12 @@ class Evaluation:
         return Findings(figures, "\n".join(map(render, told.token_BT[: self._cfg.eval.samples].tolist())), told)
 
 
-def user_nll_floor(dialogues: Dialogue, tokenizer: Tokenizer, split: str = "train") -> float:
+def user_nll_floor(dialogues: Dialogue, tokenizer: Tokenizer, split: str, noise: float = 0.0) -> float:
     """Nats per token that the exact filter needs for the users' turns of `concierge`: nobody can do with less."""
     nats = 0.0
     for record in decode(dialogues, tokenizer):
         turns = [(turn.role, turn.text) for turn in record.turns]
-        nats -= sum(bayes.read(record.context, turns, record.ended, split).log_prob_U)
+        nats -= sum(bayes.read(record.context, turns, record.ended, split, noise).log_prob_U)
     return nats / int(np.sum(dialogues.author_BT == pr.USER))
 
 

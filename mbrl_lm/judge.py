@@ -139,14 +139,15 @@ class ConciergeJudge:
             openings = self._user.openings(uids, "test")
             imagined, told_B = self._imagination.imagined(params, openings, temperature_R, key)
             figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
-            figures["imagined/true_return"] = np.mean([true_return(r, "test") for r in decode(told_B, self._tokenizer)])
+            records = decode(told_B, self._tokenizer)
+            figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])
         return Verdict({name: float(x) for name, x in figures.items()}, real)
 
 
-def true_return(record: Record, split: str) -> float:
+def true_return(record: Record, split: str, noise: float = 0.0) -> float:
     """G(u^, r*) of an imagined dialogue: what it would truly be worth to a user who wants what this one seems to want."""
     turns = [(turn.role, turn.text) for turn in record.turns]
-    return sum(bayes.read(record.context, turns, record.ended, split).reward.values())
+    return sum(bayes.read(record.context, turns, record.ended, split, noise).reward.values())
 
 
 class PartnerJudge:

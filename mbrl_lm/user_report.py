@@ -61,12 +61,12 @@ class Point:
     answers: dict[UserTurn, float] | None = None
 
 
-def points(records: Sequence[Record], split: str, enumerate_every: int = 0) -> Iterator[Point]:
+def points(records: Sequence[Record], split: str, enumerate_every: int = 0, noise: float = 0.0) -> Iterator[Point]:
     """The user turns of dialogues; at every n-th one with an assistant turn before it, all that could have been said."""
     seen = 0
     for i, record in enumerate(records):
         spoken = [(turn.role, turn.text) for turn in record.turns]
-        belief = Filter(read_catalogue(record.context), split)
+        belief = Filter(read_catalogue(record.context), split, noise)
         yield Point(i, 0, record.context, (), UserTurn(spoken[0][1], ""), belief.opening(spoken[0][1]))
         for u in range(1, len(spoken) - 1, 2):
             ended = record.ended if u + 2 >= len(spoken) and record.ended != "cut" else ""
@@ -94,21 +94,24 @@ class UserReport:
         self._user, self._params, self._vocab_size, self._mesh, self._seed = user, params, vocab_size, mesh, seed
         self._key = jax.random.fold_in(jax.random.key(seed), 3)
 
-    def report(self, records: Sequence[Record], split: str) -> dict[str, float]:
-        """All figures on some dialogues with the true user.
+    def report(self, records: Sequence[Record], split: str, noise: float = 0.0) -> dict[str, float]:
+        """All figures on some dialogues with the true user; with noise, without those that go through all wordings.
 
         Args:
           records: dialogues; what was said in them by the user is the true user's.
           split: which types these users are of.
+          noise: of their texts.
         """
         total = sum(map(_answers, records))
-        told = [p for p in points(records, split, max(round(total / len(records) / ENUMERATED), 1)) if self._fits(p)]
+        every = 0 if noise else max(round(total / len(records) / ENUMERATED), 1)
+        told = [p for p in points(records, split, every, noise) if self._fits(p)]
         if not told:
             return {}
         answers = [p for p in told if p.turn]
-        figures = self.likelihood(told) | self.divergence([p for p in answers if p.answers])
-        figures |= self.calibration(answers[:: max(len(answers) // (EVENT_POINTS * len(records)), 1)])
-        figures |= self.sensitivity(answers) | self.open_loop(records, split)
+        figures = self.likelihood(told) | self.sensitivity(answers) | self.open_loop(records, split, noise)
+        if not noise:
+            figures |= self.divergence([p for p in answers if p.answers])
+            figures |= self.calibration(answers[:: max(len(answers) // (EVENT_POINTS * len(records)), 1)])
         return figures | self.imitation(answers)
 
     def likelihood(self, told: Sequence[Point]) -> dict[str, float]:
@@ -166,14 +169,14 @@ class UserReport:
         true, other = (self._log_prob([self._prompt(pair[side]) for pair in fitting], said) for side in (0, 1))
         return interval("action_sensitivity", true - other)
 
-    def open_loop(self, records: Sequence[Record], split: str) -> dict[str, float]:
+    def open_loop(self, records: Sequence[Record], split: str, noise: float = 0.0) -> dict[str, float]:
         """Nats of a turn when the last k replies before it were imagined, the assistant's turns being as they were.
 
         The floor knows the assistant's turns and sums over all that the user may have said between.
         """
         figures = {}
         for k in HIDDEN:
-            hidden = [_hide(record, split, k, i) for i, record in enumerate(records) if _answers(record) > k]
+            hidden = [_hide(record, split, noise, k, i) for i, record in enumerate(records) if _answers(record) > k]
             rows = [(self._user.prompt(x.context, x.spoken), x) for x in hidden]
             for step in range(k):
                 rows = [(prompt, x) for prompt, x in rows if self._user.leaves_room(prompt)]
@@ -241,12 +244,12 @@ def _answers(record: Record) -> int:
     return (len(record.turns) - 1) // 2
 
 
-def _hide(record: Record, split: str, k: int, i: int) -> _Hidden:
+def _hide(record: Record, split: str, noise: float, k: int, i: int) -> _Hidden:
     """Hides k answers of dialogue i before one that its number chooses."""
     spoken = [(turn.role, turn.text) for turn in record.turns]
     last = k + 1 + i % (_answers(record) - k)
     ended = record.ended if last == _answers(record) and record.ended != "cut" else ""
-    belief = Filter(read_catalogue(record.context), split)
+    belief = Filter(read_catalogue(record.context), split, noise)
     belief.opening(spoken[0][1])
     for u in range(1, last):
         if u < last - k:

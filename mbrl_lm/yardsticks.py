@@ -26,11 +26,11 @@ ASSISTANTS = {
 FOOLING = ("strong", "logs", "pleaser")  # compared with both users
 
 
-def with_true_user(seed: int, uids: Sequence[int]) -> dict[str, float]:
+def with_true_user(seed: int, uids: Sequence[int], noise: float = 0.0) -> dict[str, float]:
     """Success and return of each, with intervals; the users are the judge's."""
     figures = {}
     for name, assistant in ASSISTANTS.items():
-        outcomes = concierge.play(assistant, Concierge(seed, uids, "test"), seed)
+        outcomes = concierge.play(assistant, Concierge(seed, uids, "test", noise), seed)
         for figure in ("success", "return"):
             figures |= judge.interval(f"scripted/{name}/{figure}", np.array([o[figure] for o in outcomes], np.float64))
     return figures
@@ -77,13 +77,13 @@ def with_learned_user(
     """
     figures = {}
     for name in FOOLING:
-        env = Concierge(cfg.seed, uids, "train")
+        env = Concierge(cfg.seed, uids, "train", cfg.noise)
         records = [_record(r) for r in concierge.converse(ASSISTANTS[name], Imagined(env, user, params, key), cfg.seed)]
-        true = concierge.play(ASSISTANTS[name], Concierge(cfg.seed, uids, "train"), cfg.seed)
+        true = concierge.play(ASSISTANTS[name], Concierge(cfg.seed, uids, "train", cfg.noise), cfg.seed)
         dialogues = encode(records, corpus.tokenizer, corpus.protocol, cfg.tokens, cfg.turns)
         returns = {
             "true_user_true_reward": np.array([o["return"] for o in true]),
-            "learned_user_true_reward": np.array([judge.true_return(record, "train") for record in records]),
+            "learned_user_true_reward": np.array([judge.true_return(record, "train", cfg.noise) for record in records]),
             "learned_user_learned_reward": imagination.learned(params, dialogues),
         }
         for which, values in returns.items():

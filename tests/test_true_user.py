@@ -11,6 +11,7 @@ from tiny import noisy, take
 from mbrl_lm import config, tokenizer
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs.concierge import TEST_UIDS, TRAIN_UIDS, Concierge, vocabulary
+from mbrl_lm.envs.concierge.words import FILLERS
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.nn import make_net
 from mbrl_lm.scoring import score
@@ -96,6 +97,13 @@ def replayed(dialogues, b):
             return rewards, totals, env.outcome(0), reply.ended if answer == whole else "tokens"
     assert len(rewards) == SIZES["turns"]
     return rewards, totals, env.outcome(0), "turns"
+
+
+def test_users_may_be_noisy(played):
+    user = TrueUser(config_of(noise=0.4), policy()[0], protocol(), words(), one_device(), ROWS)
+    fillers = [words().encode(word)[0] for word in FILLERS]
+    for dialogues, some in ((user.openings(UIDS, "test"), True), (played[0], False)):
+        assert np.isin(dialogues.token_BT, fillers).any() == some
 
 
 def test_the_signal_may_be_the_rating(played):

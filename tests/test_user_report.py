@@ -84,6 +84,14 @@ def test_points_are_the_users_turns(recorded):
     assert {p.said.ended for p in told} == {"", "end", "leave"} and any(p.satisfied for p in told)
 
 
+def test_noisy_users_have_a_floor_too():
+    noisy = records_of(logs(0, 12, noise=0.2))
+    told = list(points(noisy, "train", noise=0.2))
+    assert all(np.isfinite(p.log_prob) for p in told) and any("um" in p.said.text.split() for p in told)
+    clean = [p.log_prob for p in points(records_of(logs(0, 12)), "train")]
+    assert sum(p.log_prob for p in told) < sum(clean) - len(told), "fillers have to be predicted, too"
+
+
 def test_calibration_error_by_hand():
     q, happened = np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 1, 1])
     assert calibration_error(q, happened) == pytest.approx((0.9 + 0.1) / 4)
