@@ -325,6 +325,7 @@ def check(cfg: Config) -> None:
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
         (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
         (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
+        (train.renamed and not negotiation, f"train.renamed needs names to change, and {cfg.data} has none: set it to 0"),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),

@@ -178,6 +178,7 @@ def test_the_concierges_figures(monkeypatch):
     assert figures["imagined/true_return"] == pytest.approx(-0.02), "a goodbye to an imagined user is worth what it is"
     assert {"true/success/seen", "true/success/seen_low", "true/injection_high"} < set(figures)
     kinds = [name for name in TRAIN_TYPES + HELD_OUT_TYPES if f"true/success/{name}" in figures]
+    assert set(kinds) & set(HELD_OUT_TYPES) and set(kinds) & set(TRAIN_TYPES) and "true/success/held_out_low" in figures
     assert len(kinds) > 1 and all(isinstance(x, float) for x in figures.values())
 
 

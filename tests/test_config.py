@@ -1,0 +1,47 @@
+"""Presets work; parts that contradict each other are refused, and the message names a field to change."""
+
+import pytest
+
+from mbrl_lm import config
+
+CONTRADICTIONS = [
+    ("concierge", {"model.heads": 3}, "model.heads must divide"),
+    ("concierge", {"widths": (7,)}, "each of widths must divide tokens"),
+    ("concierge", {"train.supervised_steps": 0, "train.rl_steps": 0}, "are both 0"),
+    ("concierge", {"imagine.reward": ""}, "need imagine.reward"),
+    ("concierge", {"imagine.reward": "split"}, "reads the outcome of deal_or_no_deal"),
+    ("concierge", {"imagine.batch": 33}, "multiple of train.batch"),
+    ("concierge", {"imagine.candidates": 5}, "imagine.candidates must divide"),
+    ("concierge", {"imagine.user": "nobody"}, "imagine.user is live, frozen or population"),
+    ("concierge", {"imagine.refresh": 0}, "at least 1"),
+    ("concierge", {"policy.loss": "luck"}, "policy.loss is"),
+    ("concierge", {"policy.baseline": "luck"}, "policy.baseline is"),
+    ("concierge", {"policy.baseline": "leave_one_out"}, "set imagine.candidates above 1"),
+    ("concierge", {"train.rl_epochs": 0}, "train.rl_epochs"),
+    ("concierge", {"world_model.loss": "luck"}, "world_model.loss"),
+    ("concierge", {"world_model.tokens": "luck"}, "world_model.tokens"),
+    ("concierge", {"signal": "luck"}, "signal must be"),
+    ("concierge", {"noise": 1.0}, "noise is a probability"),
+    ("concierge", {"train.renamed": 0.5}, "train.renamed needs"),
+    ("deal_or_no_deal", {"data_dir": ""}, "give --config.data_dir"),
+    ("deal_or_no_deal", {"noise": 0.1}, "data=concierge only"),
+    ("deal_or_no_deal", {"signal": "rating"}, "data=concierge only"),
+    ("deal_or_no_deal", {"collect.every": 4}, "set collect.every=0"),
+    ("chat_jsonl", {"eval.dialogues": 4}, "set eval.dialogues=0"),
+]
+
+
+def preset(data: str, variant: str = "default") -> config.Config:
+    return config.override(config.preset(data, variant), {"data_dir": "" if data == "concierge" else "somewhere"})
+
+
+@pytest.mark.parametrize("data, variant", [(data, variant) for data, some in config.PRESETS.items() for variant in some])
+def test_presets_are_consistent(data, variant):
+    config.check(preset(data, variant))
+
+
+@pytest.mark.parametrize("data, values, message", CONTRADICTIONS)
+def test_contradictions_are_refused(data, values, message):
+    with pytest.raises(config.ConfigError) as caught:
+        config.check(config.override(preset(data), values))
+    assert message in str(caught.value)
