@@ -93,8 +93,8 @@ def test_noisy_users_have_a_floor_too():
 
 
 def test_calibration_error_by_hand():
-    q, happened = np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 1, 1])
-    assert calibration_error(q, happened) == pytest.approx((0.9 + 0.1) / 4)
+    q, happened = np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 0, 1])
+    assert calibration_error(q, happened) == pytest.approx((0.9 + 0.9) / 4), "bins do not make up for each other"
     assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
 
 
