@@ -78,8 +78,7 @@ def user_nll_floor(dialogues: Dialogue, tokenizer: Tokenizer, split: str, noise:
     """Nats per token that the exact filter needs for the users' turns of `concierge`: nobody can do with less."""
     nats = 0.0
     for record in decode(dialogues, tokenizer):
-        turns = [(turn.role, turn.text) for turn in record.turns]
-        nats -= sum(bayes.read(record.context, turns, record.ended, split, noise).log_prob_U)
+        nats -= sum(bayes.read(record.context, record.spoken, record.ended, split, noise).log_prob_U)
     return nats / int(np.sum(dialogues.author_BT == pr.USER))
 
 

@@ -146,8 +146,7 @@ class ConciergeJudge:
 
 def true_return(record: Record, split: str, noise: float = 0.0) -> float:
     """G(u^, r*) of an imagined dialogue: what it would truly be worth to a user who wants what this one seems to want."""
-    turns = [(turn.role, turn.text) for turn in record.turns]
-    return sum(bayes.read(record.context, turns, record.ended, split, noise).reward.values())
+    return sum(bayes.read(record.context, record.spoken, record.ended, split, noise).reward.values())
 
 
 class PartnerJudge:

@@ -65,7 +65,7 @@ def points(records: Sequence[Record], split: str, enumerate_every: int = 0, nois
     """The user turns of dialogues; at every n-th one with an assistant turn before it, all that could have been said."""
     seen = 0
     for i, record in enumerate(records):
-        spoken = [(turn.role, turn.text) for turn in record.turns]
+        spoken = record.spoken
         belief = Filter(read_catalogue(record.context), split, noise)
         yield Point(i, 0, record.context, (), UserTurn(spoken[0][1], ""), belief.opening(spoken[0][1]))
         for u in range(1, len(spoken) - 1, 2):
@@ -246,7 +246,7 @@ def _answers(record: Record) -> int:
 
 def _hide(record: Record, split: str, noise: float, k: int, i: int) -> _Hidden:
     """Hides k answers of dialogue i before one that its number chooses."""
-    spoken = [(turn.role, turn.text) for turn in record.turns]
+    spoken = record.spoken
     last = k + 1 + i % (_answers(record) - k)
     ended = record.ended if last == _answers(record) and record.ended != "cut" else ""
     belief = Filter(read_catalogue(record.context), split, noise)

@@ -63,6 +63,11 @@ class Record:
     reward: float = 0.0
     scenario: str = ""
 
+    @property
+    def spoken(self) -> list[tuple[str, str]]:
+        """(role, text) of its turns."""
+        return [(turn.role, turn.text) for turn in self.turns]
+
     def __post_init__(self):
         if not self.turns:
             raise DataError("a dialogue needs at least one turn")
