@@ -128,11 +128,11 @@ def _run(main: Callable[[Run], None], config: Config, of_run: bool) -> None:
             raise ConfigError("--workdir=DIR is missing: it names the directory of this run")
         run = Run(config, command_line.VARIANT.value, pathlib.Path(command_line.WORKDIR.value).absolute())
         _quiet_logs()
-        if not of_run:
-            _make_workdir(run)
-        _set_up_jax(run)
         if of_run:
+            _set_up_jax(run)
             return main(run)
+        _make_workdir(run)
+        _set_up_jax(run)
         _write_config(run)
         _catch_signals(run)
         main(run)
