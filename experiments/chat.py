@@ -190,7 +190,7 @@ class Session:
 def contexts(cfg: config.Config, corpus: Corpus) -> Callable[[int], str]:
     """What the assistant knows in the n-th dialogue: a catalogue of `concierge`, else the context of a held-out dialogue."""
     if cfg.data == "concierge":
-        return lambda n: Concierge(cfg.seed, [CHAT_UIDS[n]]).contexts[0]
+        return lambda n: Concierge(cfg.seed, [CHAT_UIDS[n]], "train", cfg.noise, cfg.places).contexts[0]
     return lambda n: corpus.val_records[n % len(corpus.val_records)].context
 
 

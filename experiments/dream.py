@@ -67,7 +67,7 @@ def main(run: app.Run):
     online = cfg.train.batch // 2 if user else 0
     replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
     text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
-    logged_at = batches(corpus.train, cfg.seed, cfg.train.batch - online)
+    logged_at = batches(corpus.renamed if cfg.train.renamed == 1 else corpus.train, cfg.seed, cfg.train.batch - online)
 
     app.say("getting ready to judge")
     evaluation = Evaluation(cfg, net, corpus, mesh, run.workdir)

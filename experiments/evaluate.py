@@ -24,7 +24,7 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     key, uids = jax.random.key(cfg.seed), POLICY_UIDS[: cfg.eval.user_dialogues]
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
-    figures = yardsticks.with_true_user(cfg.seed, TEST_UIDS[: cfg.eval.final_dialogues], cfg.noise)
+    figures = yardsticks.with_true_user(cfg, TEST_UIDS[: cfg.eval.final_dialogues])
     if cfg.imagine.reward:
         imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows=64)
         figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, uids)

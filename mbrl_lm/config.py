@@ -152,6 +152,7 @@ class Config:
     seed: int = 0
     logs: int = 2000  # dialogues of mediocre assistants that the embedded environment is learnt from
     val_logs: int = 500  # held out of them
+    places: tuple[int, int] = (4, 8)  # the fewest and the most of the embedded environment's catalogues
     noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
     signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply
     tokens: int = 192  # T, of a dialogue
@@ -309,6 +310,7 @@ def check(cfg: Config) -> None:
     for wrong, message in (
         (not online and not cfg.data_dir, f"--config.data={cfg.data} reads raw files: give --config.data_dir=DIR"),
         (cfg.signal not in ("return", "rating"), "signal must be return or rating"),
+        (not 2 <= cfg.places[0] <= cfg.places[-1] <= 12 or len(cfg.places) != 2, "places is FEWEST,MOST, from 2 to 12"),
         (not 0 <= cfg.noise < 1, "noise is a probability below 1"),
         (cfg.noise and not online, "noise is put into the users of data=concierge only"),
         (cfg.signal == "rating" and not online, "signal=rating is known for data=concierge only"),
@@ -325,7 +327,7 @@ def check(cfg: Config) -> None:
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
         (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
         (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
-        (train.renamed and not negotiation, f"train.renamed needs names to change, and {cfg.data} has none: set it to 0"),
+        (train.renamed and not (online or negotiation), f"train.renamed needs names to change, {cfg.data} has none: set it to 0"),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),

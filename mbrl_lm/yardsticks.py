@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mbrl_lm import judge
+from mbrl_lm import config, judge
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import encode
 from mbrl_lm.data.records import Record, Turn
@@ -26,11 +26,11 @@ ASSISTANTS = {
 FOOLING = ("strong", "logs", "pleaser")  # compared with both users
 
 
-def with_true_user(seed: int, uids: Sequence[int], noise: float = 0.0) -> dict[str, float]:
+def with_true_user(cfg: config.Config, uids: Sequence[int]) -> dict[str, float]:
     """Success and return of each, with intervals; the users are the judge's."""
     figures = {}
     for name, assistant in ASSISTANTS.items():
-        outcomes = concierge.play(assistant, Concierge(seed, uids, "test", noise), seed)
+        outcomes = concierge.play(assistant, Concierge(cfg.seed, uids, "test", cfg.noise, cfg.places), cfg.seed)
         for figure in ("success", "return"):
             figures |= judge.interval(f"scripted/{name}/{figure}", np.array([o[figure] for o in outcomes], np.float64))
     return figures
@@ -77,9 +77,9 @@ def with_learned_user(
     """
     figures = {}
     for name in FOOLING:
-        env = Concierge(cfg.seed, uids, "train", cfg.noise)
-        records = [_record(r) for r in concierge.converse(ASSISTANTS[name], Imagined(env, user, params, key), cfg.seed)]
-        true = concierge.play(ASSISTANTS[name], Concierge(cfg.seed, uids, "train", cfg.noise), cfg.seed)
+        imagined, real = (Concierge(cfg.seed, uids, "train", cfg.noise, cfg.places) for _ in range(2))
+        records = [_record(r) for r in concierge.converse(ASSISTANTS[name], Imagined(imagined, user, params, key), cfg.seed)]
+        true = concierge.play(ASSISTANTS[name], real, cfg.seed)
         dialogues = encode(records, corpus.tokenizer, corpus.protocol, cfg.tokens, cfg.turns)
         returns = {
             "true_user_true_reward": np.array([o["return"] for o in true]),

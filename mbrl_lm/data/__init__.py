@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Literal
 
 from mbrl_lm.data import prepare
+from mbrl_lm.data.builders import deal_or_no_deal
 from mbrl_lm.data.builders.base import DialogueBuilder
 from mbrl_lm.data.builders.chat_jsonl import ChatJsonl
-from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings
+from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal
 from mbrl_lm.data.builders.multiwoz import MultiWoz
 from mbrl_lm.data.builders.sgd import Sgd
 from mbrl_lm.data.records import DataError, Record
+from mbrl_lm.envs.concierge import renaming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Dataset:
     Attributes:
       builder: reads its raw files.
       kind: of the conversations, as `protocol.make_protocol` takes it.
-      renamings: a dialogue -> the same under every naming of things that the task does not tell apart, its own first.
+      renamings: a dialogue -> the same under other names of things that the task does not tell apart, its own first: all of
+        them, or some where there are too many.
     """
 
     builder: type[DialogueBuilder]
@@ -30,8 +33,8 @@ class Dataset:
 
 
 DATASETS = {
-    "concierge": Dataset(ChatJsonl, "chat"),  # logs that the environment writes
-    "deal_or_no_deal": Dataset(DealOrNoDeal, "negotiation", renamings),
+    "concierge": Dataset(ChatJsonl, "chat", renaming.renamings),  # logs that the environment writes
+    "deal_or_no_deal": Dataset(DealOrNoDeal, "negotiation", deal_or_no_deal.renamings),
     "multiwoz": Dataset(MultiWoz, "chat"),
     "sgd": Dataset(Sgd, "chat"),
     "chat_jsonl": Dataset(ChatJsonl, "chat"),  # any chats in the project's own form

@@ -96,7 +96,8 @@ def write_logs(cfg: config.Config, directory: pathlib.Path) -> pathlib.Path:
     """Writes the logs of the embedded environment as chat_jsonl, unless they are there; returns where."""
     directory.mkdir(exist_ok=True)
     if not (directory / "val.jsonl").exists():
-        lines = [json.dumps(record) + "\n" for record in logs(cfg.seed, cfg.logs + cfg.val_logs, cfg.noise, cfg.signal)]
+        recorded = logs(cfg.seed, cfg.logs + cfg.val_logs, cfg.noise, cfg.signal, cfg.places)
+        lines = [json.dumps(record) + "\n" for record in recorded]
         write_atomic(directory / "train.jsonl", "".join(lines[: cfg.logs]))
         write_atomic(directory / "val.jsonl", "".join(lines[cfg.logs :]))
     return directory

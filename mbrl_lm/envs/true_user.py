@@ -57,7 +57,7 @@ class TrueUser:
         parts, outcomes = [], []
         for start in range(0, len(uids), self.rows):
             some = list(uids[start : start + self.rows])
-            env = ENVS[self.cfg.data](self.cfg.seed, some + some[:1] * (self.rows - len(some)), split, self.cfg.noise)
+            env = self._env(some + some[:1] * (self.rows - len(some)), split)
             dialogues, rewards = self._play(env, params, key, np.array(some), temperature)
             parts.append(take(dialogues, np.arange(len(some))))
             outcomes += [env.outcome(i) | rewards[i] for i in range(len(some))]
@@ -65,8 +65,10 @@ class TrueUser:
 
     def openings(self, uids: Sequence[int], split: str) -> Dialogue:
         """The prompts that `play` starts from: context and the user's first turn."""
-        env = ENVS[self.cfg.data](self.cfg.seed, uids, split, self.cfg.noise)
-        return self._open(env, np.array(uids))
+        return self._open(self._env(uids, split), np.array(uids))
+
+    def _env(self, uids: Sequence[int], split: str):
+        return ENVS[self.cfg.data](self.cfg.seed, uids, split, self.cfg.noise, self.cfg.places)
 
     def _open(self, env, uids: np.ndarray) -> Dialogue:
         dialogue = empty_dialogues(len(env.contexts), self.cfg.tokens, self.cfg.turns)

@@ -17,7 +17,7 @@ from mbrl_lm.envs.concierge.chance import draw
 from mbrl_lm.envs.concierge.recogniser import Heard, recognise
 from mbrl_lm.envs.concierge.user import State, Turn
 from mbrl_lm.envs.concierge.words import FILLERS, phrase
-from mbrl_lm.envs.concierge.world import Catalogue, Goal, draw_catalogue, satisfaction, stream
+from mbrl_lm.envs.concierge.world import PLACES, Catalogue, Goal, draw_catalogue, satisfaction, stream
 
 TURN_LIMIT = 8  # assistant turns
 LEFT_ANGRY = -0.5
@@ -128,21 +128,29 @@ class Concierge:
       uids: one dialogue each; see `TRAIN_UIDS`, `TEST_UIDS`, `LOG_UIDS`.
       split: "train" (the user types of TRAIN_TYPES) or "test" (the held-out types too).
       noise: the probability of a filler before each word of the user, in [0, 1).
+      places: the fewest and the most of a catalogue.
     """
 
-    def __init__(self, seed: int, uids: Sequence[int], split: str = "train", noise: float = 0.0):
+    def __init__(
+        self,
+        seed: int,
+        uids: Sequence[int],
+        split: str = "train",
+        noise: float = 0.0,
+        places: tuple[int, int] = PLACES,
+    ):
         if split not in TYPES:
             raise ValueError(f"unknown split {split!r}: use one of {sorted(TYPES)}")
         if not 0 <= noise < 1:
             raise ValueError(f"noise is the probability of a filler before each word: {noise} is not in [0, 1)")
-        self._noise = noise
+        self._noise, self._places = noise, places
         self.rows = [self._begin(seed, int(uid), split) for uid in uids]
         self.contexts = [row.catalogue.text() for row in self.rows]
         self.openings = [row.opening for row in self.rows]
 
     def _begin(self, seed: int, uid: int, split: str) -> Row:
         world, luck = stream(seed, uid, "world"), stream(seed, uid, "user")
-        catalogue = draw_catalogue(world)
+        catalogue = draw_catalogue(world, self._places)
         traits = automaton.initial(catalogue, TYPES[split])
         state = automaton.begin(*(draw(d, u) for d, u in zip(traits, world.random(len(traits)), strict=True)))
         row = Row(uid, catalogue, state, luck, stream(seed, uid, "noise"))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from mbrl_lm.envs.concierge.assistants import Mixture, briefs
 from mbrl_lm.envs.concierge.env import LOG_UIDS, Concierge
+from mbrl_lm.envs.concierge.world import PLACES
 
 _CHUNK = 256
 
@@ -51,14 +52,16 @@ def play(assistant, env: Concierge, seed: int = 0) -> list[dict]:
     return [env.outcome(i) for i in range(len(env.rows))]
 
 
-def logs(seed: int, n: int, noise: float = 0.0, signal: str = "return") -> Iterator[dict]:
+def logs(
+    seed: int, n: int, noise: float = 0.0, signal: str = "return", places: tuple[int, int] = PLACES
+) -> Iterator[dict]:
     """`n` chat_jsonl records of the behaviour mixture with users of the training types, over the first `n` of LOG_UIDS.
 
-    A record depends on (seed, its uid, noise, signal) only, so that more logs begin with the same ones.
+    A record depends on (seed, its uid, noise, signal, places) only, so that more logs begin with the same ones.
     """
     for start in range(0, n, _CHUNK):
         uids = LOG_UIDS[start : min(start + _CHUNK, n)]
-        yield from converse(Mixture(), Concierge(seed, uids, "train", noise), seed, signal)
+        yield from converse(Mixture(), Concierge(seed, uids, "train", noise, places), seed, signal)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from mbrl_lm.envs.concierge.chance import STREAMS, Distribution
 from mbrl_lm.envs.concierge.words import ATTRIBUTES, CODE_RULE, CODES, FAVOURS, NAMES, VALUES
 
-FEWEST_PLACES, MOST_PLACES = 4, 8
+PLACES = (4, 8)  # fewest and most of a catalogue
 MOST_RULES = 2  # beside the one about the code; at least one
 WISHES = ((2, 0.4), (3, 0.6))  # how many attributes a user cares about, with probabilities
 HEAVIEST = {2: 0.6, 3: 0.5}  # the weight of the wish that matters most; the others share the rest
@@ -63,17 +63,17 @@ def read_catalogue(context: str) -> Catalogue:
     return Catalogue(tuple(Place(*place.split()) for place in places), code.split()[1], forbidden)
 
 
-def draw_catalogue(rng: np.random.Generator) -> Catalogue:
+def draw_catalogue(rng: np.random.Generator, places: tuple[int, int] = PLACES) -> Catalogue:
     """Places with different names, no two alike in all attributes, a code and house rules."""
-    number = int(rng.integers(FEWEST_PLACES, MOST_PLACES + 1))
+    number = int(rng.integers(places[0], places[1] + 1))
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:number]]
     kinds: dict[tuple[str, ...], None] = {}
     while len(kinds) < number:
         kinds[tuple(VALUES[a][int(rng.integers(len(VALUES[a])))] for a in ATTRIBUTES)] = None
-    places = tuple(Place(name, *values) for name, values in zip(names, kinds, strict=True))
+    listed = tuple(Place(name, *values) for name, values in zip(names, kinds, strict=True))
     code = CODES[int(rng.integers(len(CODES)))]
     rules = rng.permutation(len(FAVOURS))[: int(rng.integers(1, MOST_RULES + 1))]
-    return Catalogue(places, code, tuple(tuple(FAVOURS)[i] for i in sorted(rules)))
+    return Catalogue(listed, code, tuple(tuple(FAVOURS)[i] for i in sorted(rules)))
 
 
 def score(goal: Goal, place: Place) -> float:
