@@ -11,16 +11,14 @@ import functools
 import jax
 import numpy as np
 
-from mbrl_lm import app, config, learner, nn, rollout, sharding
+from mbrl_lm import app, config, learner, nn, rollout, sharding, trained
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import batches, join, text_batches
+from mbrl_lm.data.batches import text_batches
 from mbrl_lm.data.corpus import load_corpus
-from mbrl_lm.envs.concierge import TRAIN_UIDS
-from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.evaluation import Evaluation
+from mbrl_lm.experience import Experience
 from mbrl_lm.loop import Loop
 from mbrl_lm.optimizer import make_optimizer
-from mbrl_lm.replay import Replay
 from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Dialogue, TrainState
 
@@ -57,52 +55,45 @@ def main(run: app.Run):
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
     imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
-    user = None
-    if cfg.collect.every:
-        user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, cfg.collect.batch, cfg.signal)
 
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
-    gradients = switch + cfg.train.rl_steps * cfg.train.rl_epochs
-    online = cfg.train.batch // 2 if user else 0
-    replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
     text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
-    logged_at = batches(corpus.renamed if cfg.train.renamed == 1 else corpus.train, cfg.seed, cfg.train.batch - online)
+    experience = Experience(cfg, net, corpus, mesh)
 
     app.say("getting ready to judge")
     evaluation = Evaluation(cfg, net, corpus, mesh, run.workdir)
-    with Loop(run, mesh, learner.initialiser(cfg, net), total, replay) as loop:
+    take_over = functools.partial(trained.take_over, cfg, net, mesh) if cfg.start else None
+    with Loop(run, mesh, learner.initialiser(cfg, net), total, experience.replay, take_over) as loop:
         for step in loop:
-            key = jax.random.fold_in(seed, step)
-            if step < switch:
+            key, since = jax.random.fold_in(seed, step), step - switch
+            if since < 0:
                 loop.phase("likelihood")
                 real = text_at(step)
                 loop.state, metrics = by_likelihood(loop.state, real, None, key)
             else:
                 loop.phase("imagination")
-                if step == switch:
+                if since == 0:
                     loop.state = begin_rl(loop.state)
-                if user and (step - switch) % cfg.collect.every == 0:
-                    uids = TRAIN_UIDS[replay.collected : replay.collected + cfg.collect.batch]
-                    talk_key = jax.random.fold_in(key, 1)
-                    replay.add(user.play(loop.state.params, talk_key, uids, "train", cfg.imagine.temperature)[0])
-                real = logged_at(step)
-                if online:
-                    real = join([real, replay.sample(cfg.seed, step, online)])
-                if cfg.imagine.user == "population" and (step - switch) % cfg.imagine.refresh == 0:
-                    place = (step - switch) // cfg.imagine.refresh % cfg.imagine.population
-                    loop.state = remember(loop.state, np.int32(place))
-                imagined = imagine(loop.state, real, jax.random.fold_in(key, 2)) if cfg.imagine.batch else None
+                if cfg.collect.every and since % cfg.collect.every == 0:
+                    loop.state = experience.collect(loop.state, jax.random.fold_in(key, 1))
+                real = experience.batch(step)
+                if cfg.imagine.user == "population" and since % cfg.imagine.refresh == 0:
+                    loop.state = remember(loop.state, np.int32(since // cfg.imagine.refresh % cfg.imagine.population))
+                imagined, imagine_key = None, jax.random.fold_in(key, 2)
+                if cfg.imagine.user == "oracle":
+                    imagined = experience.with_oracle(loop.state, imagine_key, step)
+                elif cfg.imagine.batch:
+                    imagined = imagine(loop.state, real, imagine_key)
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:
                 figures, samples, _ = evaluation.interim(loop.state.params, seed)
-                loop.write(figures | {"real_dialogues": len(corpus.train.uid_B) + replay.collected}, samples)
+                loop.write(figures | experience.counts(loop.state), samples)
         if loop.finished:
             loop.phase("last evaluation")
             figures, samples, _ = evaluation.final(loop.state.params, seed)
-            figures |= {"real_dialogues": len(corpus.train.uid_B) + replay.collected, "gradient_steps": gradients}
-            figures[f"logs/{cfg.signal}"] = float(corpus.train.reward_BU.sum(axis=1).mean())
+            figures |= experience.counts(loop.state) | {f"logs/{cfg.signal}": corpus.train.reward_BU.sum(axis=1).mean()}
             loop.write(figures, samples)
     if loop.finished:
         app.conclude(run, figures | {"wall_s": loop.wall_s}, samples)

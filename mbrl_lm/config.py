@@ -29,11 +29,17 @@ class Model:
     kv_heads: int = 2
     mlp_width: int = 384
     conv_width: int = 5  # causal depthwise convolution before each attention; 1 = none
+    match_taps: int = 0  # tokens that each head compares with those before any other token: for looking things up
+    match_width: int = 32  # of the codes that tell tokens apart
     dropout: float = 0.0
     tied: bool = False  # the embedding is also the output layer
     scan_layers: bool = False  # one compiled layer scanned over; unrolled is faster on a CPU
     remat: bool = False  # recompute activations in the backward pass
     dtype: str = "float32"  # of the trunk: float32 or bfloat16
+    roles: str = "shared"  # weights of the two speakers; adapter: a bottleneck for each on one trunk; separate: two trunks
+    adapter_width: int = 32  # roles=adapter
+    value_heads: int = 1  # E; the target of each is the smaller of two random ones
+    user_heads: int = 0  # an ensemble for the imagined user's uncertainty
     bins: int = 51  # of the value and reward heads, at symexp(linspace(-limit, limit))
     bin_limit: float = 3.0  # symexp(3) = 19
 
@@ -42,12 +48,13 @@ class Model:
 class Loss:
     """Weights of the joint objective; each component is normalised by its own count first."""
 
-    policy_real: float = 1.0
-    policy_imagined: float = 1.0  # eta
+    policy: float = 2.0  # divided between real and imagined dialogues by imagine.share
     user: float = 1.0  # of real user tokens: the world model
     outcome: float = 1.0  # the same for the outcome of a negotiation
     assistant: float = 0.0  # the same for logged assistant tokens, once RL has begun
-    value: float = 0.5
+    value: float = 0.5  # of imagined dialogues
+    value_real: float = 0.5
+    slow_value: float = 0.0  # pulls the values to those of the slow critic
     reward: float = 0.5
     end: float = 0.1
     kl: float = 0.1  # beta, KL(policy || reference) on assistant tokens
@@ -61,6 +68,8 @@ class WorldModel:
     loss: str = "nll"  # or mae: clipped, nothing for tokens likelier than the threshold
     threshold: float = 0.2
     tokens: str = "all"  # words: without the tokens that close a turn; closing: these alone
+    adaptive: bool = False  # in RL the weight falls as the return rises: 1 - mean return / returns.best
+    shuffled: bool = False  # a placebo: the targets in RL are the user's turns of other dialogues
 
 
 @dataclasses.dataclass
@@ -80,6 +89,7 @@ class Returns:
     scale_floor: float = 1.0  # advantages are divided by max(floor, range of the returns)
     scale_decay: float = 0.99
     target_decay: float = 0.98  # of the slow critic, per update
+    best: float = 1.0  # the highest return there is
 
 
 @dataclasses.dataclass
@@ -101,13 +111,24 @@ class Train:
 @dataclasses.dataclass
 class Imagine:
     batch: int = 32  # imagined dialogues of an update; 0 = none
+    share: tuple[float, float] = (0.5, 0.5)  # of the policy gradient, when RL begins and when it ends
     replies: int = 4  # user replies that are imagined before the bootstrap value
     candidates: int = 1  # K dialogues of each prompt
-    user: str = "live"  # who is imagined: the present model; frozen: as it was when RL began; population: past ones
+    user: str = "live"  # who is imagined: the present model; frozen: as it was when RL began; population: past ones; oracle: the true
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
     temperature: float = 1.0
     reward: str = ""  # a name in reward.REWARDS
+
+
+@dataclasses.dataclass
+class Guard:
+    """What keeps the policy from exploiting an inaccurate imagined user."""
+
+    penalty: float = 0.0  # kappa, off the reward for each unit of the user heads' disagreement above what real turns show
+    truncation: float = 0.0  # disagreement at which an imagined dialogue is cut, in the same units; 0 = none
+    discriminator: float = 0.0  # an imagined turn less likely to be real than this is cut off; 0 = none
+    anchors: bool = False  # imagined returns are mapped to the real ones of the same openings
 
 
 @dataclasses.dataclass
@@ -154,7 +175,9 @@ class Config:
     val_logs: int = 500  # held out of them
     places: tuple[int, int] = (4, 8)  # the fewest and the most of the embedded environment's catalogues
     noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
-    signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply
+    signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply; outcome: all at the end
+    control: str = ""  # negative controls: user_gradient, the policy gradient on imagined user turns; predictability, as a reward
+    start: str = ""  # the directory of a run by whose likelihood phase this one begins
     tokens: int = 192  # T, of a dialogue
     widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
     turns: int = 12  # U, assistant turns of a dialogue
@@ -171,6 +194,7 @@ class Config:
     returns: Returns = field(default_factory=Returns)
     train: Train = field(default_factory=Train)
     imagine: Imagine = field(default_factory=Imagine)
+    guard: Guard = field(default_factory=Guard)
     collect: Collect = field(default_factory=Collect)
     partner: Partner = field(default_factory=Partner)
     eval: Eval = field(default_factory=Eval)
@@ -261,9 +285,34 @@ CONCIERGE = {
     "imagine.reward": "learned",
     "eval.every": 400,
 }
+SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
+    "logs": 2000,
+    "val_logs": 300,
+    "places": (3, 4),
+    "tokens": 128,
+    "widths": (64,),
+    "model.width": 96,
+    "model.heads": 6,
+    "model.kv_heads": 6,
+    "model.mlp_width": 192,
+    "model.match_taps": 8,
+    "train.renamed": 1.0,
+    "train.supervised_steps": 600,
+    "train.rl_steps": 200,
+    "train.learning_rate": 4e-3,
+    "train.rl_learning_rate": 5e-4,
+    "train.micro_batch": 8,
+    "imagine.batch": 64,
+    "collect.every": 4,
+    "collect.batch": 10,
+    "eval.every": 100,
+    "eval.dialogues": 256,
+    "checkpoint_every": 600,
+}
 PRESETS = {
     "concierge": {
         "default": CONCIERGE,
+        "small": SMALL,
         "tiny": CONCIERGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 176, "widths": (88,)},
     },
     "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
@@ -307,16 +356,19 @@ def check(cfg: Config) -> None:
     online = cfg.data == "concierge"
     negotiation = cfg.data == "deal_or_no_deal"
     rl = train.rl_steps > 0
+    doubts = cfg.guard.penalty or cfg.guard.truncation
     for wrong, message in (
         (not online and not cfg.data_dir, f"--config.data={cfg.data} reads raw files: give --config.data_dir=DIR"),
-        (cfg.signal not in ("return", "rating"), "signal must be return or rating"),
+        (cfg.signal not in ("return", "rating", "outcome"), "signal must be return, rating or outcome"),
         (not 2 <= cfg.places[0] <= cfg.places[-1] <= 12 or len(cfg.places) != 2, "places is FEWEST,MOST, from 2 to 12"),
         (not 0 <= cfg.noise < 1, "noise is a probability below 1"),
         (cfg.noise and not online, "noise is put into the users of data=concierge only"),
-        (cfg.signal == "rating" and not online, "signal=rating is known for data=concierge only"),
+        (cfg.signal != "return" and not online, f"signal={cfg.signal} is known for data=concierge only"),
         (model.width % model.heads, "model.heads must divide model.width"),
         (model.heads % model.kv_heads, "model.kv_heads must divide model.heads"),
         ((model.width // model.heads) % 2, "model.width / model.heads must be even: rotary embeddings turn pairs"),
+        (model.roles not in ("shared", "adapter", "separate"), "model.roles is shared, adapter or separate"),
+        (model.value_heads < 1 or model.user_heads < 0, "model.value_heads must be at least 1, model.user_heads at least 0"),
         (model.bins % 2 == 0, "model.bins must be odd: one bin stands at 0"),
         (model.conv_width < 1, "model.conv_width must be at least 1, which is none"),
         (not 0 <= model.dropout < 1, "model.dropout is a probability below 1"),
@@ -334,7 +386,15 @@ def check(cfg: Config) -> None:
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
         (imagine.batch % train.batch, "imagine.batch must be a multiple of train.batch: prompts come from its dialogues"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
-        (imagine.user not in ("live", "frozen", "population"), "imagine.user is live, frozen or population"),
+        (imagine.user not in ("live", "frozen", "population", "oracle"), "imagine.user is live, frozen, population or oracle"),
+        (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: take another imagine.user"),
+        (not all(0 <= x <= 1 for x in imagine.share), "imagine.share is FIRST,LAST, each between 0 and 1"),
+        (len(imagine.share) != 2, "imagine.share is FIRST,LAST, each between 0 and 1"),
+        (cfg.control not in ("", "user_gradient", "predictability"), "control is user_gradient or predictability, or empty"),
+        (doubts and not model.user_heads, "guard.penalty and guard.truncation ask an ensemble: set model.user_heads, as to 5"),
+        (cfg.start and not train.supervised_steps, "start takes over a likelihood phase: set train.supervised_steps above 0"),
+        (cfg.guard.discriminator >= 1, "guard.discriminator is a probability below 1"),
+        (cfg.guard.anchors and not cfg.collect.every, "guard.anchors needs real dialogues: set collect.every"),
         (min(imagine.population, imagine.refresh) < 1, "imagine.population and imagine.refresh must be at least 1"),
         (imagine.candidates < 1 or imagine.batch % imagine.candidates, "imagine.candidates must divide imagine.batch"),
         (cfg.policy.loss not in ("reinforce", "ppo", "awr", "cloning"), "policy.loss is reinforce, ppo, awr or cloning"),

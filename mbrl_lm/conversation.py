@@ -85,7 +85,7 @@ class Speaker:
 
         def read(params, token_BT):
             heads = net.heads(params, net.trunk(params, token_BT))
-            return value.mean(heads.value_BTW, centres_W), value.mean(heads.reward_BTW, centres_W)
+            return value.mean(heads.value_BTEW, centres_W).mean(axis=-1), value.mean(heads.reward_BTW, centres_W)
 
         # One shape for both sides: what is compiled for the first answer imagines the user, too.
         self._write, self._read = pjit(write, mesh), pjit(read, mesh)

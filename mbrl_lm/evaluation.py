@@ -54,12 +54,15 @@ class Evaluation:
         return self._evaluate(params, key, self._cfg.eval.dialogues)
 
     def final(self, params: Params, key: Array) -> Findings:
-        """At the end: `eval.final_dialogues` with the judge, the open-loop figures, and the floor where it is known."""
+        """At the end: `eval.final_dialogues` with the judge, the open-loop figures, and the floors where they are known."""
         found = self._evaluate(params, key, self._cfg.eval.final_dialogues)
         figures = found.figures | self._heldout.open_loop(params, key)
         if self._cfg.data == "concierge":
             corpus, noise = self._corpus, self._cfg.noise
             figures["user_nll_floor/val"] = user_nll_floor(corpus.val, corpus.tokenizer, "train", noise)
+            if self._judge and self._cfg.eval.final_dialogues:  # what the policy makes users say
+                figures["user_nll/policy"] = self._heldout.closed_loop(params, found.dialogues)["user_nll/val"]
+                figures["user_nll_floor/policy"] = user_nll_floor(found.dialogues, corpus.tokenizer, "test", noise)
         return found._replace(figures=figures)
 
     def _evaluate(self, params: Params, key: Array, dialogues: int) -> Findings:

@@ -59,9 +59,15 @@ class Heldout:
         self._sums = pjit(_sums(net, protocol, words_V), mesh)
         self._hidden = {k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh) for k in HORIZONS}
 
-    def closed_loop(self, params: Params) -> dict[str, float]:
-        """Nats per token, perplexity per word, by role and by turn; how often a recorded outcome is read right."""
-        sums = [self._sums(params, *chunk) for chunk in chunks(self._dialogues, self._rows)]
+    def closed_loop(self, params: Params, dialogues: Dialogue | None = None) -> dict[str, float]:
+        """Nats per token, perplexity per word, by role and by turn; how often a recorded outcome is read right.
+
+        Args:
+          params: of the network.
+          dialogues: others than the held-out ones.
+        """
+        chosen = self._dialogues if dialogues is None else dialogues
+        sums = [self._sums(params, *chunk) for chunk in chunks(chosen, self._rows)]
         sums = jax.tree.map(lambda *x: np.sum([np.asarray(a, np.float64) for a in x], axis=0), *sums)
         nll_RU, words_RU, tokens_RU = sums["nll_RU"], sums["words_RU"], sums["tokens_RU"]
         both = list(SPEAKERS.values())

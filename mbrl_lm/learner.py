@@ -12,49 +12,51 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl_lm import config, policy, value, world_model
+from mbrl_lm import config, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
-from mbrl_lm.advantage import advantages
 from mbrl_lm.nn import Net
 from mbrl_lm.optimizer import make_optimizer
-from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
-from mbrl_lm.sharding import constrain, pjit
-from mbrl_lm.turns import find_turns, gather, spread
-from mbrl_lm.types import Array, Dialogue, Heads, TrainState, Turns
+from mbrl_lm.sharding import pjit
+from mbrl_lm.targets import Batch, make_targets, masked_sum, split_rows
+from mbrl_lm.turns import gather
+from mbrl_lm.types import Array, Dialogue, TrainState
 
 
-@flax.struct.dataclass
-class Batch:
-    """Rows of one update with everything that is fixed while their loss is differentiated."""
-
-    dialogue: Dialogue
-    turns: Turns
-    masks: dict[str, Array]  # per component: bool, (B, T) or (B, U)
-    return_BU: Array  # f32, lambda-returns
-    advantage_BT: Array  # f32, of the turn that each assistant token belongs to
-
-
-def init_state(net: Net, optimizer: optax.GradientTransformation, key: Array, population: int = 0) -> TrainState:
-    """A fresh state: step 0, and the target, the reference and a population of P members equal to the parameters."""
+def init_state(
+    net: Net, optimizer: optax.GradientTransformation, key: Array, turns: int = 1, population: int = 0
+) -> TrainState:
+    """A fresh state of U turns: step 0; the target, the reference and a population of P members equal the parameters."""
     params = net.init(key)
     copy = jax.tree.map(jnp.copy, params)
     reference = jax.tree.map(jnp.copy, params)
     users = _stacked(params, population) if population else None
-    step, zero = jnp.zeros((), jnp.int32), jnp.zeros(())
-    return TrainState(step, params, optimizer.init(params), copy, reference, users, zero, zero, zero, zero)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        target=copy,
+        reference=reference,
+        population=users,
+        return_low=jnp.zeros(()),
+        return_high=jnp.zeros(()),
+        real_mean=jnp.zeros(()),
+        imagined_mean=jnp.zeros(()),
+        doubt_U=jnp.zeros(turns),
+        doubt_square_U=jnp.zeros(turns),
+        anchor_XW=jnp.zeros((2, guards.QUANTILES)),
+        imagined_tokens=jnp.zeros((), jnp.int32),
+    )
 
 
 def initialiser(cfg: config.Config, net: Net) -> Callable[[Array], TrainState]:
     """key -> the state that a run starts from."""
     population = cfg.imagine.population if cfg.train.rl_steps and cfg.imagine.user == "population" else 0
-    return functools.partial(init_state, net, make_optimizer(cfg.train), population=population)
+    return functools.partial(init_state, net, make_optimizer(cfg.train), turns=cfg.turns, population=population)
 
 
 def begin_rl(state: TrainState) -> TrainState:
@@ -78,7 +80,7 @@ def remember(state: TrainState, place: Array) -> TrainState:
 
 def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
     """Whose parameters speak for the user in imagination: None for the policy's own, a member drawn from the population."""
-    if cfg.user == "live":
+    if cfg.user in ("live", "oracle"):
         return None
     if cfg.user == "frozen":
         return state.reference
@@ -86,53 +88,45 @@ def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
     return jax.tree.map(lambda x: x[place], state.population)
 
 
-def masked_sum(x: Array, mask: Array) -> Array:
-    """The one masked reduction: elements outside the mask count nothing, whatever they hold."""
-    chex.assert_equal_shape([x, mask])
-    return jnp.sum(jnp.where(mask, x, 0.0))
+def likelihood_weights(cfg: config.Config) -> dict[str, Any]:
+    """The weight of each component while both speakers are learnt by likelihood alone."""
+    loss = cfg.loss
+    learnt = {"user": loss.user, "outcome": loss.outcome, "assistant": 1.0}
+    learnt |= {"value_real": loss.value_real, "reward": loss.reward, "end": loss.end}
+    return learnt | ({"user_heads": 1.0} if cfg.model.user_heads else {})
 
 
-def weights(cfg: config.Loss, rl: bool) -> dict[str, float]:
-    """The weight of each component; before RL begins both speakers are learnt by likelihood alone."""
-    both = {"user": cfg.user, "outcome": cfg.outcome, "value": cfg.value, "reward": cfg.reward, "end": cfg.end}
-    if not rl:
-        return both | {"assistant": 1.0}
-    return both | {
-        "assistant": cfg.assistant,
-        "policy_real": cfg.policy_real,
-        "policy_imagined": cfg.policy_imagined,
-        "kl": cfg.kl,
-        "entropy": cfg.entropy,
+def weights(cfg: config.Config, state: TrainState, imagines: bool) -> dict[str, Any]:
+    """The weight of each component once RL has begun; what is not asked for has none, and is not computed."""
+    loss, (first, last) = cfg.loss, cfg.imagine.share
+    done = (state.step - cfg.train.supervised_steps) / (cfg.train.rl_steps * cfg.train.rl_epochs)
+    share = first + (last - first) * done if imagines else 0.0
+    learnt = likelihood_weights(cfg) | {
+        "assistant": loss.assistant,
+        "policy_real": loss.policy * (1.0 - share),
+        "kl": loss.kl,
+        "entropy": loss.entropy,
     }
+    if cfg.world_model.adaptive:  # PaW (2026)
+        learnt["user"] *= 1.0 - jnp.clip(state.real_mean / cfg.returns.best, 0.0, 1.0)
+    if loss.slow_value:
+        learnt["slow_value"] = loss.slow_value
+    if imagines:
+        learnt |= {"policy_imagined": loss.policy * share, "value": loss.value}
+        if cfg.guard.discriminator:
+            learnt |= {"real_reply": 1.0, "imagined_reply": 1.0}
+    return learnt
 
 
-def masks(
-    protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: Array, rl: bool, user_tokens: str = "all"
-) -> dict[str, Array]:
-    """Which elements each component is made of."""
-    imagined_B1 = imagined_B[:, None]
-    user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
-    if user_tokens != "all":
-        closing_BT = world_model.closing_tokens(protocol, dialogue)
-        user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
-    real_turn_BU = turns.mask_BU & ~imagined_B1
-    learnt = {
-        "user": user_BT,
-        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & ~imagined_B1,
-        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & ~imagined_B1,
-        "value": turns.mask_BU if rl else turns.mask_BU & dialogue.ended_B[:, None],
-        "reward": real_turn_BU,
-        "end": real_turn_BU,
-    }
-    if not rl:
-        return learnt
-    action_BT = spread(protocol, dialogue, turns.mask_BU)
-    return learnt | {
-        "policy_real": action_BT & ~imagined_B1,
-        "policy_imagined": action_BT & imagined_B1,
-        "kl": action_BT,
-        "entropy": action_BT,
-    }
+def bootstrap(uid_B: Array, members: int) -> Array:
+    """f32 (B, E): which rows each member of an ensemble learns from, about half of them, twice as much; one member, all.
+
+    A function of the row's uid alone (Osband et al. 2016).
+    """
+    if members < 2:
+        return jnp.ones((uid_B.shape[0], members))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(members), uid_B)
+    return 2.0 * jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (members,)))(keys)
 
 
 def losses(
@@ -141,18 +135,35 @@ def losses(
     """Every component per element, keys as in `masks`. `reference` None: the likelihood phase."""
     dialogue, turns, centres_W = batch.dialogue, batch.turns, value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
     scores = score(
-        net, protocol, params, dialogue, temperature=cfg.imagine.temperature, reference=reference, dropout_key=dropout_key
+        net,
+        protocol,
+        params,
+        dialogue,
+        temperature=cfg.imagine.temperature,
+        reference=reference,
+        dropout_key=dropout_key,
+        target_BT=batch.target_BT,
     )
+    heads = scores.heads
     user_BT = scores.nll_BT
     if cfg.world_model.loss == "mae":
         user_BT = world_model.clipped_mae(user_BT, cfg.world_model.threshold)
+
+    def value_loss(position_BU, target_BU):
+        loss_BUE = value.cross_entropy(gather(heads.value_BTEW, position_BU), target_BU[..., None], centres_W)
+        return jnp.mean(loss_BUE * bootstrap(dialogue.uid_B, cfg.model.value_heads)[:, None], axis=-1)
+
+    value_BU = value_real_BU = value_loss(turns.open_BU, batch.return_BU)
+    if reference is not None and cfg.imagine.replies == 0:  # its bootstrap is read where the assistant has spoken
+        value_real_BU = value_BU + value_loss(turns.close_BU, batch.return_BU)
     out = {
         "user": user_BT,
+        "user_heads": jnp.sum(scores.user_heads_nll_BTE * bootstrap(dialogue.uid_B, cfg.model.user_heads)[:, None], axis=-1),
         "outcome": scores.nll_BT,
         "assistant": scores.nll_BT,
-        "value": value.cross_entropy(gather(scores.value_BTW, turns.open_BU), batch.return_BU, centres_W),
-        "reward": value.cross_entropy(gather(scores.reward_BTW, turns.reply_BU), dialogue.reward_BU, centres_W),
-        "end": world_model.end_loss(gather(scores.end_BT, turns.close_BU), turns.last_BU),
+        "value_real": value_real_BU,
+        "reward": value.cross_entropy(gather(heads.reward_BTW, turns.reply_BU), dialogue.reward_BU, centres_W),
+        "end": world_model.end_loss(gather(heads.end_BT, turns.close_BU), turns.last_BU),
     }
     if reference is None:
         return out
@@ -161,46 +172,15 @@ def losses(
     loss_BT = policy.LOSSES[cfg.policy.loss](scores.logp_BT, behaviour_BT, batch.advantage_BT, cfg.policy)
     gradient_BT = jnp.where(scores.allowed_BT, loss_BT, 0.0)
     return out | {
+        "value": value_BU,
+        "slow_value": value_loss(turns.open_BU, batch.slow_value_BU),
         "policy_real": gradient_BT,
         "policy_imagined": gradient_BT,
         "kl": scores.kl_BT,
         "entropy": -scores.entropy_BT,
+        "real_reply": -jax.nn.log_sigmoid(gather(heads.real_BT, turns.reply_BU)),
+        "imagined_reply": -jax.nn.log_sigmoid(-gather(heads.real_BT, turns.reply_BU)),
     }
-
-
-def watch_returns(cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array) -> TrainState:
-    """Moves the running range of the returns, and their running means, on by one batch."""
-
-    def moved(old, new):
-        return cfg.scale_decay * old + (1 - cfg.scale_decay) * new
-
-    def mean_of(rows_B, old):
-        chosen_BU = mask_BU & rows_B[:, None]
-        count = jnp.sum(chosen_BU)
-        return jnp.where(count > 0, moved(old, masked_sum(return_BU, chosen_BU) / jnp.maximum(count, 1)), old)
-
-    low, high = value.return_range(return_BU, mask_BU)
-    return state.replace(
-        return_low=moved(state.return_low, low),
-        return_high=moved(state.return_high, high),
-        real_mean=mean_of(~imagined_B, state.real_mean),
-        imagined_mean=mean_of(imagined_B, state.imagined_mean),
-    )
-
-
-def split_rows(tree: Any, parts: int) -> Any:
-    """(B, ...) -> (parts, B / parts, ...), every part spread over all devices as the whole was."""
-
-    def split(x):
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, "LB" + "_" * (x.ndim - 2))
-
-    return jax.tree.map(split, tree)
-
-
-def merge_rows(tree: Any) -> Any:
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def make_update(
@@ -222,70 +202,18 @@ def make_update(
     Returns:
       The update; its metrics are (sum, weight) pairs.
     """
-    weight = weights(cfg.loss, rl)
-    centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
     def parts_of(rows: int) -> int:
         return rows // math.gcd(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
 
-    def head_values(params, dialogue, turns, parts) -> tuple[Array, Array, Array]:
-        """Values where turns open and where they are answered, and the imagined reward; a few rows at a time."""
-
-        def one(x):
-            dialogue, turns = x
-            heads: Heads = net.forward(params, dialogue.token_BT)  # XLA drops the logits, which nothing reads
-            value_BT = value.mean(heads.value_BTW, centres_W)
-            reward_BU = jnp.zeros_like(dialogue.reward_BU)
-            if cfg.imagine.reward:
-                reward_BU = REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W)
-            return gather(value_BT, turns.open_BU), gather(value_BT, turns.reply_BU), reward_BU
-
-        return merge_rows(jax.lax.map(one, split_rows((dialogue, turns), parts)))
-
-    def prepare(state: TrainState, real: Dialogue, imagined: Dialogue | None) -> tuple[Batch, TrainState, dict]:
-        """Targets of the update: rewards of imagined dialogues, lambda-returns, advantages, masks."""
-        rows = real if imagined is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)
-        B = rows.token_BT.shape[0]
-        imagined_B = jnp.arange(B) >= real.token_BT.shape[0]
-        turns = find_turns(protocol, rows)
-        written_BU = gather(rows.sampled_BT, turns.close_BU)
-        mask_BU = turns.mask_BU & (written_BU | ~imagined_B[:, None])  # a prompt's turns are no actions
-        turns = turns.replace(mask_BU=mask_BU, last_BU=turns.last_BU & mask_BU)
-        open_v_BU = next_v_BU = jnp.zeros_like(rows.reward_BU)
-        if rl:
-            open_v_BU, next_v_BU, reward_BU = head_values(state.target, rows, turns, parts_of(B))
-            rows = rows.replace(reward_BU=jnp.where(imagined_B[:, None], reward_BU, rows.reward_BU))
-        discount_BU = cfg.returns.discount * (1.0 - turns.last_BU)
-        lambda_ = cfg.returns.lambda_ if rl else 1.0
-        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
-        return_BU = returns(rows.reward_BU, next_v_BU, discount_BU, mask_BU, lambda_)
-
-        metrics = {}
-        advantage_BU = jnp.zeros_like(return_BU)
-        if rl:
-            state = watch_returns(cfg.returns, state, return_BU, mask_BU, imagined_B)
-            advantage_BU = advantages(cfg, state, return_BU, open_v_BU, mask_BU, real.token_BT.shape[0])
-            for name, rows_B in (("real", ~imagined_B), ("imagined", imagined_B)):
-                chosen_BU = mask_BU & rows_B[:, None]
-                count = jnp.sum(chosen_BU, dtype=jnp.float32)
-                metrics[f"train/{name}_return"] = masked_sum(return_BU, chosen_BU), count
-                metrics[f"train/{name}_reward"] = masked_sum(rows.reward_BU, chosen_BU), jnp.sum(rows_B, dtype=jnp.float32)
-                metrics[f"train/{name}_value_error"] = masked_sum((return_BU - open_v_BU) ** 2, chosen_BU), count
-                metrics[f"train/{name}_turns"] = count, jnp.sum(rows_B, dtype=jnp.float32)
-            metrics["train/return_range"] = state.return_high - state.return_low, jnp.ones(())
-        batch = Batch(
-            dialogue=rows,
-            turns=turns,
-            masks=masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens),
-            return_BU=return_BU,
-            advantage_BT=spread(protocol, rows, advantage_BU),
-        )
-        return jax.lax.stop_gradient(batch), state, metrics
+    targets = make_targets(net, protocol, cfg, parts_of, rl)
 
     def update(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
-        batch, state, metrics = prepare(state, real.check(), imagined.check() if rl and imagined is not None else None)
-        count = {name: jnp.sum(mask, dtype=jnp.float32) for name, mask in batch.masks.items()}
-        assert set(count) == set(weight), f"losses {set(count)} and weights {set(weight)} do not match"
+        targets_key, key = jax.random.split(key)
+        imagined = imagined.check() if rl and imagined is not None else None
+        batch, state, metrics = targets(state, real.check(), imagined, targets_key)
+        weight = weights(cfg, state, imagined is not None) if rl else likelihood_weights(cfg)
+        count = {name: jnp.sum(batch.masks[name], dtype=jnp.float32) for name in weight}
         reference = state.reference if rl else None
 
         def loss(params, part: Batch, part_key):

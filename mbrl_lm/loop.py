@@ -35,7 +35,13 @@ class Loop:
     """
 
     def __init__(
-        self, run: app.Run, mesh: jax.sharding.Mesh, init_state: Callable[[Array], TrainState], total: int, replay: Replay
+        self,
+        run: app.Run,
+        mesh: jax.sharding.Mesh,
+        init_state: Callable[[Array], TrainState],
+        total: int,
+        replay: Replay,
+        take_over: Callable[[TrainState], tuple[TrainState, float]] | None = None,
     ):
         """A run of `total` steps.
 
@@ -45,10 +51,11 @@ class Loop:
           init_state: key -> a fresh state, not compiled.
           total: steps of the whole run.
           replay: what is saved beside the state; filled on entry if there is a checkpoint.
+          take_over: a fresh state -> that of another run to begin from, and the seconds that it took.
         """
         self._run, self._cfg, self._total, self._replay = run, run.config, total, replay
         self._mesh, self._init_state = mesh, init_state
-        self._delayed, self._before_s = Delayed(), 0.0
+        self._delayed, self._before_s, self._take_over = Delayed(), 0.0, take_over
         self.finished = False
 
     def __enter__(self) -> "Loop":
@@ -62,13 +69,15 @@ class Loop:
             key, start = jax.random.key(self._cfg.seed), self._checkpoints.latest()
             if start is None:
                 self.state = sharding.pjit(self._init_state, self._mesh)(key)
+                if self._take_over:
+                    self.state, self._before_s = self._take_over(self.state)
             else:
                 shapes = sharding.abstract(jax.eval_shape(self._init_state, key), self._mesh)
                 start, self.state, arrays, meta = self._checkpoints.restore(shapes, self._replay.arrays())
                 self._replay.load(arrays)
                 self._before_s = meta["wall_s"]
             app.write_params(self._run.workdir / "params.txt", self.state.params)
-            self._done = start or 0
+            self._done = int(self.state.step) if start is None else start
             self._writer = files.enter_context(Writer(self._run.workdir, self._total, start, SHOWN))
             self._files = files.pop_all()
         return self

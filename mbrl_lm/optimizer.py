@@ -49,7 +49,7 @@ def _trunk_matrices(params: Any) -> Any:
     def axes(path, x):
         names = letters(path, x.ndim)
         stacked, names = names.startswith("L"), names.removeprefix("L")
-        if len(names) < 2 or set(names) & set("VWX"):
+        if len(names) < 2 or set(names) & set("EVWX"):
             return None
         first = tuple(i + stacked for i in range(len(names)))
         into, out = (first[:1], first[1:]) if names[0] == "D" else (first[:-1], first[-1:])

@@ -144,7 +144,7 @@ def _converse(
     def write(view, stream, t, stream_key):
         """Samples the token at position t in one view; returns it with its log-probability."""
         token_B = jax.lax.dynamic_index_in_dim(stream.token_BT, t - 1, axis=1, keepdims=False)
-        heads, cache = view.net.decode_step(view.params, token_B, t - 1, stream.cache)
+        heads, cache = view.net.decode_step(view.params, token_B, t - 1, stream.cache, stream.role_B)
         logits_BV = policy_logits(protocol, heads.logits_BTV, stream.role_B, stream.place_B, temperature)
         keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, t), stream_key))(row_keys)
         token_B = jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
-from mbrl_lm.types import Array, Dialogue, Params
+from mbrl_lm.types import Array, Dialogue, Heads, Params
 
 CHUNK_LOGITS = 1 << 21  # logits of one chunk of T: enough to fill the cores, few enough to stay near the caches
 
@@ -21,15 +21,14 @@ class Scores:
     """Per token, given the tokens before it; position 0 (BOS) holds zeros. Heads are read *at* a token, having seen it."""
 
     nll_BT: Array  # f32, nats
+    user_heads_nll_BTE: Array  # f32, the same of each user head
     logp_BT: Array  # f32, nats; 0 where the protocol does not allow the token
     entropy_BT: Array  # f32, of the sampling distribution
     kl_BT: Array  # f32, KL(this || reference) of the sampling distributions; zeros without a reference
     reference_logp_BT: Array  # f32, logp_BT under the reference
     allowed_BT: Array  # bool, the protocol lets this speaker write this token here
     likeliest_BT: Array  # bool, no token that is allowed here is likelier
-    value_BTW: Array
-    reward_BTW: Array
-    end_BT: Array
+    heads: Heads  # at every token; the logits among them are for nobody
 
 
 def policy_logits(protocol: pr.Protocol, logits: Array, role: Array, place: Array, temperature: Array | float) -> Array:
@@ -41,25 +40,33 @@ def policy_logits(protocol: pr.Protocol, logits: Array, role: Array, place: Arra
     return jnp.where(pr.may_write(protocol, role, place), logits / temperature, -1e30)
 
 
+def _log_prob(logits_BTV: Array, token_BT: Array) -> Array:
+    """Of tokens, over the whole vocabulary."""
+    logits_BTV, token_BTV = jnp.broadcast_arrays(logits_BTV, token_BT[..., None])
+    taken_BT = jnp.take_along_axis(logits_BTV, token_BTV[..., :1], axis=-1)[..., 0]
+    return taken_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
 def _chunk_scores(net: Net, protocol: pr.Protocol, params, reference, temperature, x):
     """Scores of the tokens of one chunk; `x` holds the trunk outputs one position *before* each token."""
-    trunk_BTD, reference_trunk_BTD, token_BT, author_BT, place_BT = x
-    logits_BTV = net.heads(params, trunk_BTD).logits_BTV
+    trunk_BTD, reference_trunk_BTD, token_BT, target_BT, author_BT, place_BT = x
+    heads = net.heads(params, trunk_BTD, author_BT)
+    logits_BTV = heads.logits_BTV
 
     def taken(a_BTV):
         return jnp.take_along_axis(a_BTV, token_BT[..., None], axis=-1)[..., 0]
 
-    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - taken(logits_BTV)
+    nll_BT = -_log_prob(logits_BTV, target_BT)
     masked_BTV = policy_logits(protocol, logits_BTV, author_BT, place_BT, temperature)
     allowed_BT = taken(masked_BTV) > -1e29
     logp_BTV = jax.nn.log_softmax(masked_BTV)
     p_BTV = jnp.exp(logp_BTV)
     entropy_BT = -jnp.sum(jnp.where(p_BTV > 0, p_BTV * logp_BTV, 0.0), axis=-1)
     out = {"nll_BT": nll_BT, "logp_BT": jnp.where(allowed_BT, taken(logp_BTV), 0.0), "entropy_BT": entropy_BT}
-    out |= {"allowed_BT": allowed_BT, "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1))}
+    out |= {"user_heads_nll_BTE": -_log_prob(heads.user_BTEV, target_BT[..., None]), "allowed_BT": allowed_BT, "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1))}
     if reference is None:
         return out | {"kl_BT": jnp.zeros_like(nll_BT), "reference_logp_BT": jnp.zeros_like(nll_BT)}
-    reference_BTV = net.heads(reference, reference_trunk_BTD).logits_BTV
+    reference_BTV = net.heads(reference, reference_trunk_BTD, author_BT).logits_BTV
     reference_BTV = jax.nn.log_softmax(policy_logits(protocol, reference_BTV, author_BT, place_BT, temperature))
     kl_BT = jnp.sum(jnp.where(p_BTV > 0, p_BTV * (logp_BTV - reference_BTV), 0.0), axis=-1)
     reference_logp_BT = jnp.where(allowed_BT, taken(reference_BTV), 0.0)
@@ -75,6 +82,7 @@ def score(
     temperature: Array | float = 1.0,
     reference: Params | None = None,
     dropout_key: Array | None = None,
+    target_BT: Array | None = None,
 ) -> Scores:
     """Scores every token of given dialogues.
 
@@ -88,6 +96,7 @@ def score(
       temperature: of the sampling distribution, one or per role.
       reference: parameters to measure the KL divergence from; not differentiated.
       dropout_key: turns dropout on.
+      target_BT: tokens whose `nll_BT` is asked for, if not the dialogue's own.
     """
     token_BT, author_BT = dialogue.token_BT, dialogue.author_BT.astype(jnp.int32)
     (B, T), V = token_BT.shape, protocol.vocab_size
@@ -104,11 +113,10 @@ def score(
     def chunk_scores(x):
         return _chunk_scores(net, protocol, params, reference, temperature, x)
 
-    x = (before_BTD, reference_BTD, token_BT, author_BT, pr.place_in_turn(dialogue.turn_BT))
+    target_BT = token_BT if target_BT is None else target_BT
+    x = (before_BTD, reference_BTD, token_BT, target_BT, author_BT, pr.place_in_turn(dialogue.turn_BT))
     per_token = chunk_scores(x) if chunks == 1 else jax.lax.map(chunk_scores, jax.tree.map(split, x))
     if chunks > 1:
-        per_token = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, T), per_token)
-    given_T = jnp.arange(T)[None] > 0
-    per_token = jax.tree.map(lambda a: jnp.where(given_T, a, jnp.zeros_like(a)), per_token)
-    heads = net.heads(params, trunk_BTD)  # XLA drops the logits, which nothing reads
-    return Scores(**per_token, value_BTW=heads.value_BTW, reward_BTW=heads.reward_BTW, end_BT=heads.end_BT)
+        per_token = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, T, *a.shape[3:]), per_token)
+    per_token = jax.tree.map(lambda a: a.at[:, 0].set(jnp.zeros((), a.dtype)), per_token)
+    return Scores(**per_token, heads=net.heads(params, trunk_BTD))  # XLA drops the logits, which nothing reads

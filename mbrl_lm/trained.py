@@ -1,15 +1,21 @@
-"""A run as it was left: what the programs start from that look at a trained model."""
+"""A run as it was left: what the programs start from that look at a trained model, and runs that go on where it stopped."""
 
+import pathlib
 from typing import NamedTuple
 
 import jax
 
-from mbrl_lm import app, learner, nn, sharding
+from mbrl_lm import app, command_line, learner, nn, sharding
 from mbrl_lm.checkpoint import Checkpoints, saved_steps
-from mbrl_lm.config import ConfigError
+from mbrl_lm.config import Config, ConfigError
 from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.replay import Replay
 from mbrl_lm.types import TrainState
+
+
+# What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
+LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "train.rl_steps",
+         "train.rl_epochs", "train.micro_batch", "checkpoint", "control", "cpu_devices", "log_every", "model.remat", "start")  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -34,8 +40,33 @@ def load(run: app.Run) -> Trained:
     cfg, mesh = run.config, sharding.make_mesh(run.config.mesh)
     corpus = load_corpus(cfg, run.workdir)
     net = nn.make_net(cfg.model, corpus.protocol.vocab_size)
+    step, state, _ = _restore(cfg, net, mesh, run.checkpoints)
+    return Trained(net, corpus, state, step, mesh)
+
+
+def take_over(cfg: Config, net: nn.Net, mesh: jax.sharding.Mesh, fresh: TrainState) -> tuple[TrainState, float]:
+    """A fresh state with the parameters and the optimiser of the run in `cfg.start`, and the seconds that it took.
+
+    Raises:
+      ConfigError: there is no such run, it differs in what its likelihood phase hangs on, or that is not finished.
+      CheckpointError: it cannot be read.
+    """
+    directory = pathlib.Path(cfg.start)
+    theirs = command_line.read_config(directory)
+    own, other = command_line.flatten(cfg), command_line.flatten(theirs)
+    for name in own:
+        if own[name] != other[name] and not name.startswith(LATER):
+            raise ConfigError(f"--config.start={cfg.start} has {name}={other[name]}, this run {own[name]}: make them agree")
+    if cfg.train.supervised_steps not in saved_steps(directory / "checkpoints"):
+        raise ConfigError(f"--config.start={cfg.start} holds no checkpoint of update {cfg.train.supervised_steps}: finish it")
+    _, started, meta = _restore(theirs, net, mesh, directory / "checkpoints", cfg.train.supervised_steps)
+    return fresh.replace(step=started.step, params=started.params, opt_state=started.opt_state), meta["wall_s"]
+
+
+def _restore(cfg: Config, net: nn.Net, mesh, directory: pathlib.Path, step: int | None = None):
+    """The step, the state and the notes of a checkpoint, the newest one by default."""
     shapes = sharding.abstract(jax.eval_shape(learner.initialiser(cfg, net), jax.random.key(cfg.seed)), mesh)
     replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
-    with Checkpoints(run.checkpoints, keep=None) as kept:
-        step, state, _, _ = kept.restore(shapes, replay.arrays())
-    return Trained(net, corpus, state, step, mesh)
+    with Checkpoints(directory, keep=None) as kept:
+        step, state, _, meta = kept.restore(shapes, replay.arrays(), step)
+    return step, state, meta

@@ -60,6 +60,7 @@ class KVCache:
     k_LBKSH: Any
     v_LBKSH: Any
     x_LBSD: Any  # inputs of the causal convolution, `taps - 1` positions of zeros first
+    code_BSC: Any  # codes of the tokens, for comparing them; likewise
 
 
 @flax.struct.dataclass
@@ -67,9 +68,11 @@ class Heads:
     """What the network says after reading token `t` (without a T axis: after the one token of a decode step)."""
 
     logits_BTV: Array  # f32, of the next token
-    value_BTW: Array  # f32, logits over the return bins; read where the assistant is about to speak
+    value_BTEW: Array  # f32, logits over the return bins; read where the assistant is about to speak
     reward_BTW: Array  # f32, logits over the reward bins; read where the user has replied
     end_BT: Array  # f32, logit that the user's coming reply ends the dialogue; read where the assistant has spoken
+    user_BTEV: Array  # f32, logits of the next token by each of the user heads, which learn nothing else; E may be 0
+    real_BT: Array  # f32, logit that the user's reply is a real one; read where the user has replied
 
 
 @flax.struct.dataclass
@@ -96,4 +99,8 @@ class TrainState:
     return_low: Array  # f32, running percentiles of the lambda-returns
     return_high: Array
     real_mean: Array  # f32, running mean of the returns of real turns
-    imagined_mean: Array  # f32, the same of imagined ones  # f32
+    imagined_mean: Array  # f32, the same of imagined ones
+    doubt_U: Array  # f32, running mean of the user heads' disagreement on the reply to each turn of real dialogues
+    doubt_square_U: Array  # f32, the same of its square
+    anchor_XW: Array  # f32, W quantiles of imagined returns (first row) and of the real ones of the same openings
+    imagined_tokens: Array  # i32, written in imagination so far

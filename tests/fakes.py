@@ -23,15 +23,22 @@ def one_device():
 def table_net(bins: int = BINS) -> Net:
     """A network without memory: params["table"], (V, V), holds the logits of the next token in the row of the last one."""
 
-    def heads(params, x_BTV):
+    def heads(params, x_BTV, role_BT=None):
         zeros_BTW = jnp.zeros((*x_BTV.shape[:2], bins))
-        return Heads(logits_BTV=x_BTV, value_BTW=zeros_BTW, reward_BTW=zeros_BTW, end_BT=zeros_BTW[..., 0])
+        return Heads(
+            logits_BTV=x_BTV,
+            value_BTEW=zeros_BTW[:, :, None],
+            reward_BTW=zeros_BTW,
+            end_BT=zeros_BTW[..., 0],
+            user_BTEV=jnp.zeros((*x_BTV.shape[:2], 0, x_BTV.shape[-1])),
+            real_BT=zeros_BTW[..., 0],
+        )
 
     def trunk(params, token_BT, dropout_key=None):
         return params["table"][token_BT]
 
-    def decode_step(params, token_B, index, cache):
-        return jax.tree.map(lambda a: a[:, 0], heads(params, trunk(params, token_B[:, None]))), cache
+    def step(params, token_B, index, cache):
+        return trunk(params, token_B[:, None]), cache
 
     return Net(
         init=lambda key: None,
@@ -39,7 +46,7 @@ def table_net(bins: int = BINS) -> Net:
         trunk=trunk,
         heads=heads,
         prefill=lambda params, token_BT, cache: cache,
-        decode_step=decode_step,
+        step=step,
     )
 
 

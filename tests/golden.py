@@ -35,7 +35,7 @@ def first_steps() -> dict[str, float]:
         return rollout.imagine(w.net, w.protocol, params, prompt, key, tokens=cfg.tokens, turns=2 * cfg.imagine.replies)
 
     key = jax.random.key(0)
-    state = jax.jit(lambda key: learner.init_state(w.net, optimizer, key))(key)
+    state = jax.jit(lambda key: learner.init_state(w.net, optimizer, key, cfg.turns))(key)
     found = {}
 
     def note(name, state, metrics):

@@ -38,7 +38,7 @@ def on_mesh(sizes: list[int]) -> dict:
     )
     imagine = traced("imagine", dream)
     key, real = jax.random.key(0), random_dialogues(w.protocol, 4, ROWS, cfg.tokens, cfg.turns)
-    state = sharding.pjit(lambda key: learner.init_state(w.net, optimizer, key), mesh)(key)
+    state = sharding.pjit(lambda key: learner.init_state(w.net, optimizer, key, cfg.turns), mesh)(key)
     numbers = {}
     for step in range(STEPS):
         state, metrics = by_likelihood(state, real, None, key)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import config_of, world
 
-from mbrl_lm import advantage, learner
+from mbrl_lm import advantage, learner, targets
 from mbrl_lm.optimizer import make_optimizer
 
 R, ALL = jnp.array([1.0, 2.0, 6.0]), jnp.ones(3, bool)
@@ -55,7 +55,7 @@ def test_running_means_know_real_from_imagined():
     cfg = config_of(returns__scale_decay=0.5)
     state = learner.init_state(w.net, make_optimizer(cfg.train), jax.random.key(0))
     return_BU, mask_BU = jnp.array([[2.0, 4.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]])
-    moved = learner.watch_returns(cfg.returns, state, return_BU, mask_BU, jnp.array([False, True]))
+    moved = targets.watch_returns(cfg.returns, state, return_BU, mask_BU, jnp.array([False, True]))
     assert (moved.real_mean, moved.imagined_mean) == (1.5, 4.0)
-    moved = learner.watch_returns(cfg.returns, moved, return_BU, mask_BU & False, jnp.array([False, True]))
+    moved = targets.watch_returns(cfg.returns, moved, return_BU, mask_BU & False, jnp.array([False, True]))
     assert (moved.real_mean, moved.imagined_mean) == (1.5, 4.0), "nothing seen, nothing moved"

@@ -196,7 +196,7 @@ def test_the_assistant_has_its_temperature_and_the_imagined_user_none():
 def test_nothing_is_compiled_after_the_first_answer():
     traced = []
     net = table_net()
-    counted = net._replace(decode_step=lambda *args: (traced.append(1), net.decode_step(*args))[1])
+    counted = net._replace(step=lambda *args: (traced.append(1), net.step(*args))[1])
     speaker = speaker_of(counted, says(">a which area ? >u bye leave"))
     now = speaker.answer(speaker.hear(speaker.open(""), "hello"), KEY)
     before = len(traced)
@@ -306,7 +306,7 @@ def test_the_value_and_the_reward_are_read_where_they_are_learnt():
     real = encode([Record(over.turns, "shop north")], words(), protocol, cfg.tokens, cfg.turns)
     heads, turns = net.forward(params, real.token_BT), find_turns(protocol, real)
     centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
-    value_T, reward_T = (np.asarray(value.mean(x, centres_W))[0] for x in (heads.value_BTW, heads.reward_BTW))
+    value_T, reward_T = (np.asarray(value.mean(x, centres_W))[0] for x in (heads.value_BTEW[:, :, 0], heads.reward_BTW))
     open_U, reply_U = np.asarray(turns.open_BU)[0], np.asarray(turns.reply_BU)[0]
     assert np.asarray(turns.mask_BU)[0].tolist() == [True, True, False, False]
     expected = [

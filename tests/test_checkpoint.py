@@ -27,8 +27,9 @@ def make_state(width: int = 4, step: int = 0, fill: float = 0.0) -> TrainState:
         "scale_D": jnp.arange(width, dtype=jnp.bfloat16),
     }
     target, reference = (jax.tree.map(jnp.copy, params) for _ in range(2))  # buffers of their own: tests donate them
-    statistics = [jnp.zeros(()) for _ in range(4)]
-    return TrainState(jnp.int32(step), params, _TX.init(params), target, reference, None, *statistics)
+    statistics = [jnp.zeros(shape) for shape in [()] * 4 + [3, 3, (2, 5)]]
+    state = params, _TX.init(params), target, reference, None
+    return TrainState(jnp.int32(step), *state, *statistics, jnp.int32(0))
 
 
 def abstract(state: TrainState) -> TrainState:

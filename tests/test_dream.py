@@ -196,7 +196,7 @@ def last_checkpoint(workdir):
     saved = json.loads((workdir / "config.json").read_text())
     config.override(cfg, {name: x for name, x in saved.items() if name != "variant"})
     net = nn.make_net(cfg.model, tokenizer.load(str(workdir / "tokenizer.model")).vocab_size)
-    init = functools.partial(learner.init_state, net, make_optimizer(cfg.train))
+    init = learner.initialiser(cfg, net)
     shapes = sharding.abstract(jax.eval_shape(init, jax.random.key(0)), one_device())
     with Checkpoints(workdir / "checkpoints", 3) as checkpoints:
         step, state, arrays, meta = checkpoints.restore(shapes, Replay(cfg.collect.capacity, cfg.tokens, cfg.turns).arrays())

@@ -25,7 +25,7 @@ def toy_world(**values):
 
 
 def start_state(w, optimizer, seed):
-    return jax.jit(lambda key: learner.init_state(w.net, optimizer, key))(jax.random.key(seed))
+    return jax.jit(lambda key: learner.init_state(w.net, optimizer, key, w.cfg.turns))(jax.random.key(seed))
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def through_imagination(useful: bool, seed: int) -> tuple[float, float, float]:
 
     Where the world model is useless, the very same replies stand in the recordings, but shuffled: they answer nothing.
     """
-    values = {"train__supervised_steps": 150, "loss__policy_real": 0.0, "train__learning_rate": 1e-2}
+    values = {"train__supervised_steps": 150, "loss__policy": 1.0, "imagine__share": (1.0, 1.0), "train__learning_rate": 1e-2}
     w = toy_world(**values)
     optimizer = make_optimizer(w.cfg.train)
     by_likelihood, by_return = (

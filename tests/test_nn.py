@@ -106,7 +106,7 @@ def test_bfloat16_trunk_with_float32_heads():
 def test_heads_start_exactly_neutral():
     net = make_net(config_of().model, 27)
     heads = jax.jit(net.forward)(jax.jit(net.init)(jax.random.key(3)), TOKENS)
-    assert not heads.value_BTW.any() and not heads.reward_BTW.any() and not heads.end_BT.any()
+    assert not any(x.any() for x in (heads.value_BTEW, heads.reward_BTW, heads.end_BT, heads.real_BT))
     assert float(jnp.std(heads.logits_BTV)) > 0.1
 
 

@@ -21,7 +21,7 @@ def test_the_trunks_matrices_are_read_off_their_letters(scanned):
     assert block["attention"]["wo_NHD"] == MuonDimensionNumbers((s, s + 1), (s + 2,))
     assert block["mlp"]["down_FD"] == MuonDimensionNumbers((s,), (s + 1,))
     assert block["conv"]["tap_XD"] is None and block["norm_mlp"]["scale_D"] is None
-    assert axes["embed_VD"] is axes["unembed_DV"] is axes["value_DW"] is axes["end_D"] is None
+    assert axes["embed_VD"] is axes["unembed_DV"] is axes["value_EDW"] is axes["end_D"] is None
 
 
 def test_a_step_of_muon_turns_all_directions_alike_and_has_the_size_of_adams():

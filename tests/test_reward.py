@@ -56,7 +56,8 @@ def test_learned_reads_the_reward_head_where_the_user_has_replied():
     d = dialogue(DEAL, ["bos >a a >u b >a c >u d >o 1 1 1 stop", "bos >a a >u b >a"], T=16, U=3)
     logits_BTW = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 11)), jnp.float32)
     zeros = jnp.zeros((2, 16))
-    heads = Heads(logits_BTV=zeros[..., None], value_BTW=-logits_BTW, reward_BTW=logits_BTW, end_BT=zeros)
+    others = {"value_BTEW": -logits_BTW[:, :, None], "user_BTEV": zeros[..., None, None], "real_BT": zeros}
+    heads = Heads(logits_BTV=zeros[..., None], reward_BTW=logits_BTW, end_BT=zeros, **others)
     found = reward.learned(d, find_turns(DEAL, d), heads, CENTRES)
     p = np.exp(logits_BTW) / np.exp(logits_BTW).sum(-1, keepdims=True)
     mean = (p * CENTRES).sum(-1)

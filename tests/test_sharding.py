@@ -31,7 +31,7 @@ def letters_of(tree) -> dict[str, str]:
 
 def test_letters_of_parameters():
     found = letters_of(world().params)
-    assert found["['embed_VD']"] == "VD" and found["['end_D']"] == "D" and found["['value_DW']"] == "DW"
+    assert found["['embed_VD']"] == "VD" and found["['end_D']"] == "D" and found["['value_EDW']"] == "EDW"
     assert found["['blocks_1']['attention']['wq_DNH']"] == "DNH" and found["['blocks_0']['conv']['tap_XD']"] == "XD"
     scanned = letters_of(world(model__scan_layers=True).params)
     assert scanned["['blocks']['attention']['wo_NHD']"] == "LNHD" and scanned["['blocks']['norm_mlp']['scale_D']"] == "LD"
@@ -56,7 +56,7 @@ def test_letters_of_caches_and_dialogues():
     B1, BT = np.zeros(2), np.zeros((2, 3))
     dialogue = Dialogue(BT, BT, BT, BT, BT, BT, B1, B1, B1)
     assert list(letters_of(dialogue).values()) == ["BT"] * 5 + ["BU"] + ["B"] * 3
-    step = Heads(BT, BT, BT, B1)
+    step = Heads(BT, BT, BT, B1, BT, B1)
     assert letters_of(step)[".end_BT"] == "T"  # without its T axis a name no longer fits: it only lays results out
 
 

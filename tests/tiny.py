@@ -40,10 +40,13 @@ MODEL = {
     "remat": False,
     "dtype": "float32",
     "bins": 11,
+    "user_heads": 2,
+    "match_taps": 3,
+    "match_width": 4,
     "bin_limit": 3.0,
 }
-LOSS = {"policy_real": 1.0, "policy_imagined": 1.0, "user": 1.0, "outcome": 1.0, "assistant": 0.0}
-LOSS |= {"value": 0.5, "reward": 0.5, "end": 0.1, "kl": 0.1, "entropy": 0.0}
+LOSS = {"policy": 2.0, "user": 1.0, "outcome": 1.0, "assistant": 0.0}
+LOSS |= {"value": 0.5, "value_real": 0.5, "slow_value": 0.0, "reward": 0.5, "end": 0.1, "kl": 0.1, "entropy": 0.0}
 RETURNS = {"discount": 0.97, "lambda_": 0.95, "scale_floor": 1.0, "scale_decay": 0.99, "target_decay": 0.98}
 TRAIN = {"batch": 4, "micro_batch": 0, "warmup": 1, "supervised_steps": 4, "rl_steps": 200, "clip": 1.0}
 TRAIN |= {"learning_rate": 2e-3, "rl_learning_rate": 3e-4, "weight_decay": 0.01}

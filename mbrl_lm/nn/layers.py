@@ -37,13 +37,13 @@ def rotate(x_BTNH: Array, position_T: Array) -> Array:
     return jnp.concatenate(turned_BTNH, axis=-1).astype(x_BTNH.dtype)
 
 
-def attend(q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, index: Array | int) -> Array:
+def attend(q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, index: Array | int, scale: float) -> Array:
     """Causal attention of the tokens at index, index + 1, ... over positions 0 ... S-1; returns (B, T, K, G, H).
 
     Plain einsums: on a CPU they are faster than `jax.nn.dot_product_attention`.
     """
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
-    score_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) * q_BTKGH.shape[-1] ** -0.5
+    score_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) * scale
     seen_TS = jnp.arange(S)[None] <= index + jnp.arange(T)[:, None]
     score_BKGTS = jnp.where(seen_TS[None, None, None], score_BKGTS.astype(jnp.float32), -1e30)
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
@@ -73,12 +73,17 @@ class CausalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): N query heads share K key/value heads."""
+    """Grouped-query attention (Ainslie et al. 2023): N query heads share K key/value heads.
+
+    Beside what queries and keys are made of the stream, each head compares the tokens shortly before the one that asks with
+    those shortly before the one that is asked: sum over i, j of a_i b_j [token t - i = token s - j], by codes of the tokens that
+    are all but orthogonal. What followed the same word in the context is found from the first updates on.
+    """
 
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int) -> tuple[Array, Any]:
+    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any]:
         (T, D), N, K = x_BTD.shape[1:], self.cfg.heads, self.cfg.kv_heads
         H = D // N
         dtype = x_BTD.dtype
@@ -91,12 +96,18 @@ class Attention(nn.Module):
         q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, wq_DNH), position_T)
         k_BKTH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), position_T).swapaxes(1, 2)
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
+        if code_BTXC is not None:
+            X = code_BTXC.shape[2]
+            asks_XN, asked_XK = (self.param(n, nn.initializers.normal(0.5), (X, m)) for n, m in (("asks_XN", N), ("asked_XK", K)))
+            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
+            k_BKTC = jnp.einsum("BTXC,XK->BKTC", code_BTXC, asked_XK.astype(dtype))
+            q_BTNH, k_BKTH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1), jnp.concatenate([k_BKTH, k_BKTC], axis=-1)
         if cache is not None:
             k_BKTH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BKTH, index, axis=2)
             v_BKTH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BKTH, index, axis=2)
             cache = (k_BKTH, v_BKTH)
-        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, H)
-        out_BTNH = attend(q_BTKGH, k_BKTH, v_BKTH, index).reshape(q_BTNH.shape)
+        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, -1)
+        out_BTNH = attend(q_BTKGH, k_BKTH, v_BKTH, index, H**-0.5).reshape(*q_BTNH.shape[:3], H)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD), cache
 
 
@@ -125,13 +136,13 @@ class Block(nn.Module):
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int) -> tuple[Array, Any]:
+    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any]:
         k, v, inputs = (None, None, None) if cache is None else cache
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
         h_BTD = RMSNorm(name="norm_attention")(x_BTD)
         if self.cfg.conv_width > 1:
             h_BTD, inputs = CausalConv(self.cfg.conv_width, name="conv")(h_BTD, inputs, index)
-        h_BTD, kv = Attention(self.cfg, name="attention")(h_BTD, None if cache is None else (k, v), index)
+        h_BTD, kv = Attention(self.cfg, name="attention")(h_BTD, None if cache is None else (k, v), index, code_BTXC)
         x_BTD = x_BTD + drop(h_BTD)
         h_BTD = GatedMLP(self.cfg, name="mlp")(RMSNorm(name="norm_mlp")(x_BTD))
         return x_BTD + drop(h_BTD), None if cache is None else (*kv, inputs)

@@ -18,21 +18,27 @@ class Net(NamedTuple):
     init(key) -> params
     init_cache(B, S) -> KVCache for S positions
     trunk(params, token_BT, dropout_key=None) -> x_BTD, what the heads read; x at t has seen tokens 0 ... t
-    heads(params, x_BTD) -> Heads
+    heads(params, x_BTD, role_BT=None) -> Heads; the role is that of the next token's author, for weights of its own
     prefill(params, token_BT, cache) -> cache after reading all T tokens from position 0
-    decode_step(params, token_B, index, cache) -> (Heads without a T axis, cache); the token stands at `index` in every row
+    step(params, token_B, index, cache) -> (x_BTD of one token, cache); the token stands at `index` in every row
     """
 
     init: Callable[[Array], Params]
     init_cache: Callable[[int, int], KVCache]
     trunk: Callable[..., Array]
-    heads: Callable[[Params, Array], Heads]
+    heads: Callable[..., Heads]
     prefill: Callable[[Params, Array, KVCache], KVCache]
-    decode_step: Callable[[Params, Array, Array, KVCache], tuple[Heads, KVCache]]
+    step: Callable[[Params, Array, Array, KVCache], tuple[Array, KVCache]]
 
     def forward(self, params: Params, token_BT: Array) -> Heads:
         """Heads at every position."""
         return self.heads(params, self.trunk(params, token_BT))
+
+    def decode_step(self, params: Params, token_B: Array, index: Array, cache: KVCache, role_B: Array | None = None):
+        """Heads without a T axis at the one token of each row that stands at `index`, and the cache after it."""
+        x_BTD, cache = self.step(params, token_B, index, cache)
+        heads = self.heads(params, x_BTD, None if role_B is None else role_B[:, None])
+        return jax.tree.map(lambda a: a[:, 0], heads), cache
 
 
 class Transformer(nn.Module):
@@ -49,9 +55,16 @@ class Transformer(nn.Module):
         if not self.cfg.tied:
             self.unembed_DV = self.param("unembed_DV", nn.initializers.normal(D**-0.5), (D, V))
         # Zero: value, reward and hazard start out neutral, whatever the trunk says (DreamerV3).
-        self.value_DW = self.param("value_DW", nn.initializers.zeros, (D, W))
+        E = self.cfg.value_heads
+        self.value_EDW = self.param("value_EDW", nn.initializers.zeros, (E, D, W))
         self.reward_DW = self.param("reward_DW", nn.initializers.zeros, (D, W))
         self.end_D = self.param("end_D", nn.initializers.zeros, (D,))
+        self.real_D = self.param("real_D", nn.initializers.zeros, (D,))
+        self.user_EDV = jnp.zeros((0, D, V))  # an empty array could not be saved
+        if self.cfg.user_heads:
+            self.user_EDV = self.param("user_EDV", nn.initializers.normal(D**-0.5), (self.cfg.user_heads, D, V))
+        C = self.cfg.match_width
+        self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
         self.norm = RMSNorm()
         self.drop = nn.Dropout(self.cfg.dropout)
         block = nn.remat(Block, prevent_cse=not self.cfg.scan_layers) if self.cfg.remat else Block
@@ -60,7 +73,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=self.cfg.layers,
             )(self.cfg)
         else:
@@ -70,34 +83,51 @@ class Transformer(nn.Module):
         """Embeds the tokens that stand at index, index + 1, ... and runs the layers over them."""
         x_BTD = self.embed_VD.astype(self.dtype())[token_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
+        code_BTXC, codes = self.codes(token_BT, cache, index)
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
         if self.cfg.scan_layers:
-            x_BTD, layers = self.blocks(x_BTD, layers, index)
+            x_BTD, layers = self.blocks(x_BTD, layers, index, code_BTXC)
         else:
             after = []
             for i, block in enumerate(self.blocks):
-                x_BTD, layer = block(x_BTD, None if layers is None else tuple(a[i] for a in layers), index)
+                x_BTD, layer = block(x_BTD, None if layers is None else tuple(a[i] for a in layers), index, code_BTXC)
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
-        return self.norm(x_BTD), None if layers is None else KVCache(*layers)
+        return self.norm(x_BTD), None if layers is None else KVCache(*layers, codes)
+
+    def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
+        """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
+        X, T = self.cfg.match_taps, token_BT.shape[1]
+        if not X:
+            return None, None if cache is None else cache.code_BSC
+        code_BTC = self.code_VC.astype(self.dtype())[token_BT]
+        if cache is None:
+            kept, window_BTC = None, jnp.pad(code_BTC, ((0, 0), (X - 1, 0), (0, 0)))
+        else:
+            kept = jax.lax.dynamic_update_slice_in_dim(cache.code_BSC, code_BTC, index + X - 1, axis=1)
+            window_BTC = jax.lax.dynamic_slice_in_dim(kept, index, T + X - 1, axis=1)
+        return jnp.stack([window_BTC[:, i : i + T] for i in range(X)], axis=2), kept
 
     def heads(self, x_BTD: Array) -> Heads:
         unembed_DV = self.embed_VD.T if self.cfg.tied else self.unembed_DV
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, unembed_DV.astype(x_BTD.dtype)).astype(jnp.float32)
         x_BTD = x_BTD.astype(jnp.float32)
+        watched_BTD = jax.lax.stop_gradient(x_BTD)  # what guards read must not shape what they guard
         return Heads(
             logits_BTV=logits_BTV,
-            value_BTW=jnp.einsum("BTD,DW->BTW", x_BTD, self.value_DW),
+            value_BTEW=jnp.einsum("BTD,EDW->BTEW", x_BTD, self.value_EDW),
             reward_BTW=jnp.einsum("BTD,DW->BTW", x_BTD, self.reward_DW),
             end_BT=jnp.einsum("BTD,D->BT", x_BTD, self.end_D),
+            user_BTEV=jnp.einsum("BTD,EDV->BTEV", watched_BTD, self.user_EDV),
+            real_BT=jnp.einsum("BTD,D->BT", watched_BTD, self.real_D),
         )
 
     def __call__(self, token_BT: Array) -> Heads:
         return self.heads(self.read(token_BT, None, 0)[0])
 
 
-def make_net(cfg: config.Model, vocab_size: int) -> Net:
-    """The network of a config, as pure functions."""
+def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
+    """One transformer for both speakers, as pure functions."""
     module = Transformer(cfg, vocab_size)
 
     def init(key):
@@ -105,24 +135,25 @@ def make_net(cfg: config.Model, vocab_size: int) -> Net:
 
     def init_cache(B, S):
         K, H = cfg.kv_heads, cfg.width // cfg.heads
-        dtype = jnp.dtype(cfg.dtype)
-        shapes = [(B, K, S, H), (B, K, S, H), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
+        dtype, X = jnp.dtype(cfg.dtype), cfg.match_taps
+        C = cfg.match_width if X else 0
+        shapes = [(B, K, S, H + C), (B, K, S, H), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
+        code_BSC = jnp.zeros((B, S + X - 1 if X else 0, C), dtype)
         if cfg.scan_layers:
-            return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes))
-        return KVCache(*(tuple(jnp.zeros(s, dtype) for _ in range(cfg.layers)) for s in shapes))
+            return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes), code_BSC)
+        return KVCache(*(tuple(jnp.zeros(s, dtype) for _ in range(cfg.layers)) for s in shapes), code_BSC)
 
     def trunk(params, token_BT, dropout_key=None):
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return module.apply({"params": params}, token_BT, None, 0, rngs=rngs, method="read")[0]
 
-    def heads(params, x_BTD):
+    def heads(params, x_BTD, role_BT=None):
         return module.apply({"params": params}, x_BTD, method="heads")
 
     def prefill(params, token_BT, cache):
         return module.apply({"params": params}, token_BT, cache, 0, method="read")[1]
 
-    def decode_step(params, token_B, index, cache):
-        x_BTD, cache = module.apply({"params": params}, token_B[:, None], cache, index, method="read")
-        return jax.tree.map(lambda a: a[:, 0], heads(params, x_BTD)), cache
+    def step(params, token_B, index, cache):
+        return module.apply({"params": params}, token_B[:, None], cache, index, method="read")
 
-    return Net(init, init_cache, trunk, heads, prefill, decode_step)
+    return Net(init, init_cache, trunk, heads, prefill, step)

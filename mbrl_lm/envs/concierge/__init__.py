@@ -9,12 +9,12 @@ assistants.py  scripted assistants;  logs.py  playing them, and the logs that le
 """
 
 from mbrl_lm.envs.concierge.assistants import Mixture, Oracle, Pleaser, Random, Strong
-from mbrl_lm.envs.concierge.env import LOG_UIDS, TEST_UIDS, TRAIN_UIDS, TURN_LIMIT, Concierge, Reply
+from mbrl_lm.envs.concierge.env import LOG_UIDS, ORACLE_UIDS, TEST_UIDS, TRAIN_UIDS, TURN_LIMIT, Concierge, Reply
 from mbrl_lm.envs.concierge.logs import converse, logs, mean_interval, play
 from mbrl_lm.envs.concierge.user import HELD_OUT_TYPES, TRAIN_TYPES
 from mbrl_lm.envs.concierge.words import vocabulary
 
 __all__ = [
-    "HELD_OUT_TYPES", "LOG_UIDS", "TEST_UIDS", "TRAIN_TYPES", "TRAIN_UIDS", "TURN_LIMIT", "Concierge", "Mixture", "Oracle",
+    "HELD_OUT_TYPES", "LOG_UIDS", "ORACLE_UIDS", "TEST_UIDS", "TRAIN_TYPES", "TRAIN_UIDS", "TURN_LIMIT", "Concierge", "Mixture", "Oracle",
     "Pleaser", "Random", "Reply", "Strong", "converse", "logs", "mean_interval", "play", "vocabulary",
 ]  # fmt: skip

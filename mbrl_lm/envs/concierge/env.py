@@ -32,6 +32,7 @@ TYPES = {"train": automaton.TRAIN_TYPES, "test": automaton.TRAIN_TYPES + automat
 TRAIN_UIDS = range(0, 500_000_000)
 TEST_UIDS = range(500_000_000, 1_000_000_000)
 LOG_UIDS = range(1_000_000_000, 2_000_000_000)
+ORACLE_UIDS = range(2_000_000_000, 4_000_000_000)  # in the place of imagined users
 
 _UNIFORMS = 8  # drawn for each user turn whether used or not, so that turn n's luck does not depend on turn n - 1's text
 
@@ -42,9 +43,12 @@ class Reply:
     ended: str  # "" goes on, "end" satisfied or closed, "leave" walks away, "cut" the turn limit is reached
     reward: dict[str, float]  # earned by the assistant turn just answered
     rating: float  # in [0, 1]
+    total: float = 0.0  # of all rewards of the dialogue so far
 
     def signal(self, name: str) -> float:
-        """What is learnt from: "return", the sum of all reward components, or "rating"."""
+        """What is learnt from: "return", the sum of all reward components; "rating"; "outcome", all of them at the end."""
+        if name == "outcome":
+            return self.total if self.ended else 0.0
         return self.rating if name == "rating" else sum(self.reward.values())
 
 
@@ -184,7 +188,7 @@ class Concierge:
         row.hallucinated += wrong_claims(heard, row.catalogue)
         row.injected |= injections(heard, row.catalogue) > 0
         row.total += sum(earned.values())
-        return Reply(said, row.ended, earned, rating(heard, goal))
+        return Reply(said, row.ended, earned, rating(heard, goal), row.total)
 
     def outcome(self, i: int) -> dict[str, Any]:
         """How dialogue `i` has gone so far.

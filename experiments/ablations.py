@@ -1,0 +1,432 @@
+"""The ablation table: what each part of the method does, at the same number of real dialogues, over several seeds.
+
+    python -m experiments.ablations --rows=all --seeds=5 --workdir=W
+    python -m experiments.ablations --rows=quick --workdir=W            one seed of the five rows that say most
+    python -m experiments.ablations --rows=6,7,3_placebo --workdir=W    by number or name
+    python -m experiments.ablations --rows=all --workdir=W --list       the command lines alone, for other machines
+    python -m experiments.ablations --workdir=W --table_only            the table again, from the runs' metrics.jsonl
+    python -m experiments.ablations --from_csv=results/ablations.csv    the table again, from a CSV, on the standard output
+
+Every run is one command line of experiments.dream and can be resumed; the same command goes on with what is left. Runs that
+have their likelihood phase in common begin from one that did only that. On machines that share W, or where n divides the
+number of seeds, so that each has the starts of its own runs: `python launch/sweep.py W/commands.txt --shard=i/n`.
+
+The table is W/ablations.md, with W/ablations.csv (a line per row and seed) and W/curves.png. Where --from_csv is given
+beside --workdir, it adds the rows and seeds that have no runs in W.
+"""
+
+import copy
+import dataclasses
+import math
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from mbrl_lm import ablation_runs, ablation_table, config
+from mbrl_lm.ablation_table import Claim, Line
+from mbrl_lm.command_line import flatten
+from mbrl_lm.config import Config, ConfigError
+
+SWEEP = pathlib.Path(__file__).parent.parent / "launch" / "sweep.py"
+DATA = "concierge"
+QUICK = ("full", "1b_model_free", "11_greedy", "8_none", "5_oracle")
+CLAIMS = (
+    Claim("The model helps", "full", "true/success", "difference", "1b_model_free", 0.15),
+    Claim("Several turns beat the next one", "full", "true/success", "difference", "11_greedy", 0.2),
+    Claim("The level, on seen types (or the next)", "full", "true/success/seen", "level", target=0.8),
+    Claim("The level, of the true user's (or the last)", "full", "true/success", "ratio", "5_oracle", 0.9),
+    Claim("Guards halve the gap", "8_all", "gap/total", "ratio_below", "8_none", 0.5),
+    Claim("Guards cost no success", "8_all", "true/success", "no_loss", "8_none"),
+)
+GUARDS = {"penalty": 1.0, "truncation": 1.0, "discriminator": 0.1, "anchors": True}  # where the preset has them off
+USER_HEADS = 5  # the same
+GUARD_ROWS = "8 guards"
+OFF = {"guard.penalty": 0.0, "guard.truncation": 0.0, "guard.discriminator": 0.0, "guard.anchors": False}
+NO_IMAGINATION = {"imagine.batch": 0, **OFF}
+MODEL_FREE = {**NO_IMAGINATION, "loss.user": 0.0}
+START = {"train.rl_steps": 0, "collect.every": 0, **NO_IMAGINATION}  # the likelihood phase alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: how it differs from the full method, and what that should show."""
+
+    name: str
+    group: str  # its number, and what the group is about
+    overrides: Mapping[str, Any]  # dotted names of the config
+    shows: str
+    # Those of them that the likelihood phase has, too; rows that agree in them share it. None: the row has no such phase.
+    start: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    expects: str = ""  # higher, lower or no clear difference: of `figure`, compared with `against`
+    figure: str = "true/success"
+    against: str = "full"
+    tried: int = 1  # configurations
+
+
+# ---- the rows ----
+
+
+def make_rows(full: Config) -> list[Row]:
+    """All rows. Values that hang on the preset are computed from it; a row that does not differ from another one is not run.
+
+    Args:
+      full: the config of the full method.
+    """
+    return [
+        Row("full", "full", {}, "the full method"),
+        *_model_free(full),
+        *_imagination(full),
+        *_guards(full),
+        *_network_and_gradient(full),
+        *_signal_and_start(full),
+    ]
+
+
+def _model_free(full: Config) -> list[Row]:
+    quarter = paced(full, max(full.train.rl_steps // 4, 1))
+    rl, nll = "1 model-free RL", "2 the user's words as well"
+    rows = [
+        Row("1_model_free", rl, MODEL_FREE | quarter, "real dialogues only, a quarter of the updates", expects="lower"),
+        Row("1b_model_free", rl, MODEL_FREE, "the same with as many updates as the full method", expects="lower"),
+    ]
+    for loss in ("nll", "mae"):
+        for weight in (0.01, 0.05, 0.2, 1.0):
+            overrides = MODEL_FREE | {"loss.user": weight, "world_model.loss": loss}
+            shows = f"user {loss.upper()} beside model-free RL, as a representation loss"
+            rows.append(Row(f"2_{loss}_{weight:g}", nll, overrides, shows, against="1b_model_free"))
+    adaptive = MODEL_FREE | {"loss.user": 1.0, "world_model.loss": "mae", "world_model.adaptive": True}
+    placebo = MODEL_FREE | {"loss.user": 0.2, "world_model.shuffled": True}
+    return [
+        *rows,
+        Row("2_mae_adaptive", nll, adaptive, "its weight falls as the return rises", against="1b_model_free"),
+        Row("3_placebo", "3 placebo", placebo, "users' turns of other dialogues teach nothing of this one",
+            expects="no clear difference", against="1b_model_free"),
+        *(
+            Row(f"4_tokens_{tokens}", "4 which user tokens", {"world_model.tokens": tokens}, f"{what} beside RL")
+            for tokens, what in (("words", "what users say"), ("closing", "how they end a turn"), ("all", "both"))
+        ),
+    ]  # fmt: skip
+
+
+def _imagination(full: Config) -> list[Row]:
+    who, far, share = "5 imagined user", "6 horizon", "7 real share"
+    rows = [
+        Row("5_none", who, NO_IMAGINATION, "the world model is learnt, and never imagines", expects="lower"),
+        Row("5_frozen", who, {"imagine.user": "frozen"}, "imagined user as it was when RL began"),
+        Row("5_live", who, {"imagine.user": "live"}, "imagined user refreshed in every update"),
+        Row("5_population", who, {"imagine.user": "population"}, "drawn from past users: harder to exploit"),
+        Row("5_oracle", who, {"imagine.user": "oracle", **OFF}, "the true user imagines: what a perfect model is worth",
+            expects="higher"),
+    ]  # fmt: skip
+    replies = {"0": 0, "1": 1, "2": 2, "4": 4, "end": full.turns - 1}
+    for name, count in replies.items():
+        rows.append(Row(f"6_horizon_{name}", far, {"imagine.replies": count}, f"{count} imagined replies, then the value"))
+    for imagined in (0.0, 0.5, 0.75, 0.9, 1.0):
+        real = f"{1 - imagined:.0%}"
+        for anchors in (False, True) if imagined else (False,):
+            name = f"7_real_{real[:-1]}" + ("_anchors" if anchors else "")
+            shows = f"{real} of the policy gradient from real dialogues" + (", imagined returns anchored" if anchors else "")
+            rows.append(Row(name, share, {"imagine.share": (imagined, imagined), "guard.anchors": anchors}, shows))
+    return rows
+
+
+def _guards(full: Config) -> list[Row]:
+    group = GUARD_ROWS
+    on = {name: getattr(full.guard, name) or value for name, value in GUARDS.items()}
+    heads = {"model.user_heads": full.model.user_heads or USER_HEADS}
+    rows = [Row("8_none", group, OFF, "the gap of an unguarded policy", expects="higher", figure="gap/total")]
+    for name, value in on.items():
+        asks = heads if name in ("penalty", "truncation") else {}
+        rows.append(Row(f"8_{name}", group, OFF | {f"guard.{name}": value} | asks, "a smaller gap, alone", start=asks,
+                        expects="lower", figure="gap/total", against="8_none"))  # fmt: skip
+    everything = {f"guard.{name}": value for name, value in on.items()} | heads
+    return [*rows, Row("8_all", group, everything, "half the gap of no guard, at no loss of success", start=heads,
+                       expects="lower", figure="gap/total", against="8_none")]  # fmt: skip
+
+
+def _network_and_gradient(full: Config) -> list[Row]:
+    weights, how = "9 weights of the speakers", "10 the policy gradient"
+    whose = {"shared": "one network", "adapter": "a bottleneck for each on one trunk", "separate": "two trunks"}
+    baselines = {
+        "value": "the learned value",
+        "mean": "the mean of recent returns",
+        "leave_one_out": "the other candidates of a prompt",
+        "normalised": "candidates, over their spread",
+    }
+    compared = {"imagine.candidates": 4}
+    rows = []
+    for roles, shows in whose.items():
+        overrides = {"model.roles": roles}
+        rows.append(Row(f"9_{roles}", weights, overrides, f"{shows} for both speakers", start=overrides))
+    for baseline, shows in baselines.items():
+        overrides = {"policy.baseline": baseline} | (compared if baseline in config.GROUPED else {})
+        rows.append(Row(f"10_{baseline}", how, overrides, f"baseline: {shows}"))
+    epochs = 2  # with half the updates: as many gradient steps
+    ppo = {"policy.loss": "ppo", "train.rl_epochs": epochs} | paced(full, max(full.train.rl_steps // epochs, 1))
+    rows += [
+        Row("10_ppo", how, ppo, "clipped ratios, two gradient steps on each batch"),
+        Row("10_awr", how, {"policy.loss": "awr"}, "likelihood weighted by the exponential of the advantage"),
+        Row("10_cloning", how, {"policy.loss": "cloning"}, "likelihood of what did better than expected"),
+    ]
+    for count in (1, 5):
+        overrides = {"model.value_heads": count}
+        rows.append(Row(f"10_value_heads_{count}", how, overrides, f"value heads: {count}", start=overrides))
+    return rows
+
+
+def _signal_and_start(full: Config) -> list[Row]:
+    signal_, begin = "11 what is maximised", "12 how it begins"
+    greedy, outcome = {"signal": "rating", "returns.discount": 0.0}, {"signal": "outcome"}
+    # Nothing comes before RL: it gets all the updates, at the rate of the likelihood phase, and learns to speak in it.
+    scratch = {"train.supervised_steps": 0, "train.rl_learning_rate": full.train.learning_rate}
+    scratch |= paced(full, full.train.supervised_steps + full.train.rl_steps)
+    joint = scratch | {"loss.assistant": 1.0}
+    alone = scratch | MODEL_FREE | {"loss.assistant": 0.0}
+    return [
+        Row("11_greedy", signal_, greedy, "the rating of each reply, discount 0", start=greedy, expects="lower"),
+        Row("11_multi_step", signal_, {}, "the return of the dialogue"),
+        Row("11_outcome", signal_, outcome, "a reward at the end only", start=outcome),
+        Row("12_supervised_start", begin, {}, "likelihood first, then RL"),
+        Row("12_joint", begin, joint, "likelihood and RL together, from the first update", start=None),
+        Row("12_rl_only", begin, alone, "RL from nothing learns nothing", start=None, expects="lower"),
+        Row("N1_user_gradient", "N1 negative control", {"control": "user_gradient"},
+            "a policy gradient on imagined user turns makes users pleasant, not the policy good",
+            expects="higher", figure="gap/total"),
+        Row("N2_predictability", "N2 negative control", {"control": "predictability"},
+            "a reward for predictable users is earned without helping them", expects="lower"),
+    ]  # fmt: skip
+
+
+def paced(full: Config, updates: int) -> dict[str, int]:
+    """RL in so many updates with as many real dialogues: collected at other intervals, or several collections at once."""
+    if not full.collect.every:
+        return {"train.rl_steps": updates}
+    wanted = math.ceil(full.train.rl_steps / full.collect.every)
+    merged = math.ceil(wanted / updates)
+    every = min(range(1, updates + 1), key=lambda every: abs(math.ceil(updates / every) * merged - wanted))
+    return {"train.rl_steps": updates, "collect.every": every, "collect.batch": full.collect.batch * merged}
+
+
+# ---- from rows to runs ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All rows of a variant, and which of them have runs of their own."""
+
+    variant: str
+    full: Config
+    rows: dict[str, Row]
+    runs: dict[str, str]  # row -> the first row with the same config
+
+
+def make_plan(variant: str) -> Plan:
+    """The rows of a variant.
+
+    Raises:
+      ConfigError: there is no such variant, or a row's config contradicts itself.
+    """
+    full = config.preset(DATA, variant)
+    rows = {row.name: row for row in make_rows(full)}
+    first, runs = {}, {}
+    for row in rows.values():
+        _check(full, row)
+        runs[row.name] = first.setdefault(repr((_differing(full, row.overrides), _start(full, row))), row.name)
+    return Plan(variant, full, rows, runs)
+
+
+def _check(full: Config, row: Row) -> None:
+    for overrides in [row.overrides] + ([START | row.start] if row.start is not None else []):
+        try:
+            config.check(config.override(copy.deepcopy(full), dict(overrides)))
+        except ConfigError as error:
+            raise ConfigError(f"row {row.name}: {error}") from error
+
+
+def _differing(full: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that change something, by name."""
+    before = flatten(full)
+    return {name: overrides[name] for name in sorted(overrides) if overrides[name] != before[name]}
+
+
+def _start(full: Config, row: Row) -> str | None:
+    """The directory, inside W, of the likelihood phase that a row begins with."""
+    if row.start is None:
+        return None
+    return "-".join(["start", *(f"{name}={value}" for name, value in _differing(full, row.start).items())])
+
+
+def select(plan: Plan, which: str) -> list[str]:
+    """The rows with runs that `all`, `quick`, `claims`, or names and numbers of groups stand for, in the table's order.
+
+    Raises:
+      ConfigError: there is no such row.
+    """
+    claimed = {name for claim in CLAIMS for name in (claim.row, claim.against) if name}
+    claimed |= {name for name, row in plan.rows.items() if row.group == GUARD_ROWS}
+    words = {"all": plan.rows, "quick": QUICK, "claims": claimed}
+    chosen = set()
+    for word in which.split(","):
+        group = [row.name for row in plan.rows.values() if row.group.split()[0] == word]
+        names = words.get(word) or group or [word]
+        if not set(names) <= set(plan.rows):
+            groups = ",".join(dict.fromkeys(row.group.split()[0] for row in plan.rows.values()))
+            raise ConfigError(
+                f"--rows={word} is no row: use all, quick, claims, numbers of {groups}, or names as in the table"
+            )
+        chosen |= {plan.runs[name] for name in names}
+    return [name for name in plan.rows if name in chosen]
+
+
+def command_lines(
+    plan: Plan, names: Sequence[str], seeds: int, workdir: pathlib.Path, python: str = "python"
+) -> list[list[str]]:
+    """Two stages of command lines: the likelihood phases that are begun with, and the rows; seeds are next to each other."""
+    starts, rows = {}, []
+    for name in names:
+        row = plan.rows[name]
+        begin = _start(plan.full, row)
+        if begin:
+            starts[begin] = START | row.start
+        for seed in range(seeds):
+            more = {"start": str(workdir / begin / f"seed_{seed}")} if begin else {}
+            rows.append(_command(plan, workdir / name, seed, row.overrides, more, python))
+    first = [
+        _command(plan, workdir / begin, seed, overrides, {}, python)
+        for begin, overrides in starts.items()
+        for seed in range(seeds)
+    ]
+    return [stage for stage in (first, rows) if stage]
+
+
+def _command(plan: Plan, directory: pathlib.Path, seed: int, overrides, more: Mapping[str, str], python: str) -> str:
+    fields = {"seed": seed, "cpu_devices": 1, **_differing(plan.full, overrides), **more}
+    given = [f"--config.{name}={str(value).replace(', ', ',')}" for name, value in fields.items()]
+    return shlex.join(
+        [python, "-m", "experiments.dream", f"--workdir={directory / f'seed_{seed}'}", f"--variant={plan.variant}", *given]
+    )
+
+
+def sweep(commands: pathlib.Path, jobs: int) -> int:
+    """Runs the command lines of a file; being stopped stops them. Returns the exit status."""
+    process = subprocess.Popen([sys.executable, str(SWEEP), f"--jobs={jobs}", str(commands)], start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: process.terminate())
+    return process.wait()
+
+
+# ---- the table ----
+
+
+def table_lines(plan: Plan) -> list[Line]:
+    """The rows as lines of the table."""
+    return [
+        Line(
+            row.name, row.group, plan.runs[row.name], row.shows, row.expects, row.figure, row.against, row.tried,
+            _start(plan.full, row) or "",
+        )
+        for row in plan.rows.values()
+    ]  # fmt: skip
+
+
+def write_table(plan: Plan, workdir: pathlib.Path, before: ablation_runs.Records) -> pathlib.Path:
+    """Writes ablations.csv, ablations.md and curves.png.
+
+    Args:
+      plan: the rows.
+      workdir: where the runs are, and the table is put.
+      before: records of runs that are not there.
+    """
+    lines = table_lines(plan)
+    own = {line.name: line.start for line in lines if line.runs == line.name}
+    found, unfinished = ablation_runs.read_runs(workdir, own)
+    records = before | found
+    order = list(plan.rows)
+    records = {key: records[key] for key in sorted(records, key=lambda key: (order.index(key[0]), key[1]))}
+    ablation_runs.write_csv(workdir / "ablations.csv", records)
+    page = ablation_table.markdown(lines, records, CLAIMS, unfinished)
+    if ablation_table.plot(workdir / "curves.png", workdir, lines, found):
+        page += "\n![learning curves](curves.png)\n"
+    (workdir / "ablations.md").write_text(page, encoding="utf-8")
+    return workdir / "ablations.md"
+
+
+def _read_csv(plan: Plan, path: str) -> ablation_runs.Records:
+    try:
+        records = ablation_runs.read_csv(pathlib.Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--from_csv={path} cannot be read: {error}") from error
+    unknown = sorted({row for row, _ in records} - set(plan.rows))
+    if unknown:
+        raise ConfigError(f"--from_csv={path} has a row {unknown[0]} that is not in experiments/ablations.py")
+    return records
+
+
+# ---- the command line ----
+
+
+def make_flags() -> flags.FlagValues:
+    """Flags of this program alone: those of one run are not meant here."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("rows", "all", "all, quick, claims, or names of rows and numbers of groups", flag_values=own)
+    flags.DEFINE_integer("seeds", None, "seeds 0, 1, ...: how many (5; quick: 1)", lower_bound=1, flag_values=own)
+    flags.DEFINE_string("workdir", None, "where the runs and the table are put", flag_values=own)
+    flags.DEFINE_string("variant", "small", "the preset of every run", flag_values=own)
+    flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1, flag_values=own)
+    flags.DEFINE_bool("list", False, "write the command lines instead of running them", flag_values=own)
+    flags.DEFINE_bool("table_only", False, "write the table of the runs that are there", flag_values=own)
+    flags.DEFINE_string("from_csv", None, "an ablations.csv: the table without its runs", flag_values=own)
+    flags.DEFINE_bool("help", False, "this text", flag_values=own)
+    return own
+
+
+def main(argv: Sequence[str]) -> int:
+    own = make_flags()
+    try:
+        rest = own(list(argv))[1:]
+        if rest:
+            raise ConfigError(f"{rest[0]!r} is not a flag: write --name=value")
+        if own.help:
+            sys.stdout.write(f"{__doc__}\n{own.get_help()}")
+            return 0
+        return _main(own)
+    except (flags.Error, ConfigError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _main(own: flags.FlagValues) -> int:
+    plan = make_plan(own.variant)
+    names = select(plan, own.rows)
+    before = _read_csv(plan, own.from_csv) if own.from_csv else {}
+    if not own.workdir:
+        if not before:
+            raise ConfigError("--workdir=DIR is missing: it names the directory of the runs and their table")
+        sys.stdout.write(ablation_table.markdown(table_lines(plan), before, CLAIMS))
+        return 0
+    workdir, seeds = pathlib.Path(own.workdir), own.seeds or (1 if own.rows == "quick" else 5)
+
+    def text(python: str) -> str:
+        return "\n\n".join("\n".join(stage) for stage in command_lines(plan, names, seeds, workdir, python)) + "\n"
+
+    if own.list:
+        sys.stdout.write(text("python"))
+        return 0
+    status = 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not own.table_only:
+        commands = workdir / "commands.txt"
+        commands.write_text(text(sys.executable), encoding="utf-8")
+        status = sweep(commands, own.jobs)
+    sys.stdout.write(f"the table is {write_table(plan, workdir, before)}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

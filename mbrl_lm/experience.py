@@ -1,0 +1,78 @@
+"""Real dialogues while learning by return: recorded ones, and new ones with the environment's true user, each one counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl_lm import config, guards, nn
+from mbrl_lm import protocol as pr
+from mbrl_lm.data.batches import batches, join
+from mbrl_lm.data.corpus import Corpus
+from mbrl_lm.envs.concierge import ORACLE_UIDS, TRAIN_UIDS
+from mbrl_lm.envs.true_user import TrueUser
+from mbrl_lm.judge import Imagination
+from mbrl_lm.replay import Replay
+from mbrl_lm.types import Array, Dialogue, TrainState
+
+ANCHORS_DECAY = 0.9  # of the quantiles, per collection
+
+
+class Experience:
+    """Half of a batch of real dialogues is recorded, half is of the newest ones with the true user, where there is one.
+
+    Args:
+      cfg, net, corpus: of the run.
+      mesh: the device mesh.
+
+    Attributes:
+      replay: the dialogues with the true user; saved with every checkpoint.
+    """
+
+    def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh):
+        self._cfg, self._logs = cfg, len(corpus.train.uid_B)
+        self.replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
+        self._online = cfg.train.batch // 2 if cfg.collect.every else 0
+        recorded = corpus.renamed if cfg.train.renamed == 1 else corpus.train
+        self._logged_at = batches(recorded, cfg.seed, cfg.train.batch - self._online)
+
+        def true_user(rows):
+            return TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, rows, cfg.signal)
+
+        self._user = true_user(cfg.collect.batch) if cfg.collect.every else None
+        self._oracle = true_user(cfg.imagine.batch) if cfg.imagine.user == "oracle" else None
+        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, cfg.collect.batch) if cfg.guard.anchors else None
+
+    def collect(self, state: TrainState, key: Array) -> TrainState:
+        """Talks to `collect.batch` new users; with anchors, imagines the same openings and compares the returns."""
+        first, temperature = self.replay.collected, self._cfg.imagine.temperature
+        uids = TRAIN_UIDS[first : first + self._cfg.collect.batch]
+        dialogues, _ = self._user.play(state.params, key, uids, "train", temperature)
+        self.replay.add(dialogues)
+        if not self._imagination:
+            return state
+        temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
+        openings = self._user.openings(uids, "train")
+        imagined, _ = self._imagination.imagined(state.params, openings, temperature_R, jax.random.fold_in(key, 1))
+        anchor_XW = guards.anchors(imagined, dialogues.reward_BU.sum(axis=1))
+        if first:
+            anchor_XW = ANCHORS_DECAY * np.asarray(state.anchor_XW) + (1 - ANCHORS_DECAY) * anchor_XW
+        return state.replace(anchor_XW=jnp.asarray(anchor_XW))
+
+    def batch(self, step: int) -> Dialogue:
+        """The real dialogues of a step."""
+        real = self._logged_at(step)
+        return join([real, self.replay.sample(self._cfg.seed, step, self._online)]) if self._online else real
+
+    def with_oracle(self, state: TrainState, key: Array, step: int) -> Dialogue:
+        """`imagine.batch` dialogues with the true user in the imagined one's place: an upper bound, and not counted."""
+        rows = self._cfg.imagine.batch
+        uids = ORACLE_UIDS[step * rows : (step + 1) * rows]
+        return self._oracle.play(state.params, key, uids, "train", self._cfg.imagine.temperature)[0]
+
+    def counts(self, state: TrainState) -> dict[str, int]:
+        """What has been used so far: every real dialogue, tokens that were imagined, steps of the optimiser."""
+        return {
+            "real_dialogues": self._logs + self.replay.collected,
+            "generated_tokens": int(state.imagined_tokens),
+            "gradient_steps": int(state.step),
+        }

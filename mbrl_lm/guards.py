@@ -1,0 +1,66 @@
+"""What keeps a policy from exploiting an inaccurate imagined user: doubt about its replies, and anchors in real returns."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl_lm.types import Array, TrainState
+
+QUANTILES = 17  # of the anchors
+
+
+def disagreement(user_BTEV: Array) -> Array:
+    """How much an ensemble disagrees on the next token, (B, T), nats: the mutual information of token and member,
+
+        I = H(mean_e p_e) - mean_e H(p_e)
+
+    which is 0 where all members say the same, however uncertain they are of it (Lakshminarayanan et al. 2017; BALD).
+    """
+    logp_BTEV = jax.nn.log_softmax(user_BTEV)
+    mean_BTV = jnp.mean(jnp.exp(logp_BTEV), axis=2)
+    whole_BT = -jnp.sum(mean_BTV * jnp.log(jnp.maximum(mean_BTV, 1e-20)), axis=-1)
+    return whole_BT + jnp.mean(jnp.sum(jnp.exp(logp_BTEV) * logp_BTEV, axis=-1), axis=2)
+
+
+def doubt(disagreement_BU: Array, state: TrainState) -> Array:
+    """Standard deviations by which the disagreement on a reply is above what it is on real replies to turns of that number.
+
+    Disagreement may fall along a dialogue while the error grows, hence a scale for each turn.
+    """
+    deviation_U = jnp.sqrt(jnp.maximum(state.doubt_square_U - state.doubt_U**2, 0.0))
+    return (disagreement_BU - state.doubt_U[None]) / jnp.maximum(deviation_U, 1e-3)[None]
+
+
+def watch_disagreement(state: TrainState, disagreement_BU: Array, mask_BU: Array, decay: float) -> TrainState:
+    """Moves the running moments of the disagreement on by the turns of one batch of real dialogues."""
+    count_U = jnp.sum(mask_BU, axis=0)
+
+    def moved(old_U, x_BU):
+        mean_U = jnp.sum(jnp.where(mask_BU, x_BU, 0.0), axis=0) / jnp.maximum(count_U, 1)
+        return jnp.where(count_U > 0, decay * old_U + (1 - decay) * mean_U, old_U)
+
+    return state.replace(
+        doubt_U=moved(state.doubt_U, disagreement_BU), doubt_square_U=moved(state.doubt_square_U, disagreement_BU**2)
+    )
+
+
+def before_first(stop_BU: Array) -> Array:
+    """bool (B, U): turns before the first one that is marked."""
+    return jnp.cumsum(stop_BU, axis=1) == 0
+
+
+def anchors(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """The quantiles of imagined returns and, below them, of real returns of the same openings: (2, W) knots of a monotone map.
+
+    A map between distributions, not a regression of one on the other: that would shrink to the mean, since single dialogues
+    of one opening have little to do with each other.
+    """
+    levels = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    return np.stack([np.quantile(imagined, levels), np.quantile(real, levels)]).astype(np.float32)
+
+
+def to_real(return_BU: Array, anchor_XW: Array) -> Array:
+    """Imagined returns at the real ones' scale: x + shift(x), linear between the anchors and constant beyond them."""
+    chex.assert_rank(anchor_XW, 2)
+    return return_BU + jnp.interp(return_BU, anchor_XW[0], anchor_XW[1] - anchor_XW[0])

@@ -1,0 +1,239 @@
+"""What an update learns towards, computed once before the gradient: imagined rewards, guards, returns, advantages, masks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mbrl_lm import config, guards, value, world_model
+from mbrl_lm import protocol as pr
+from mbrl_lm.advantage import advantages
+from mbrl_lm.nn import Net
+from mbrl_lm.reward import REWARDS
+from mbrl_lm.sharding import constrain
+from mbrl_lm.turns import find_turns, gather, spread, total
+from mbrl_lm.types import Array, Dialogue, Heads, Params, TrainState, Turns
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of one update with everything that is fixed while their loss is differentiated."""
+
+    dialogue: Dialogue
+    turns: Turns
+    masks: dict[str, Array]  # per component: bool, (B, T) or (B, U)
+    return_BU: Array  # f32, lambda-returns
+    slow_value_BU: Array  # f32, what the slow critic says
+    advantage_BT: Array  # f32, of the turn that each assistant token belongs to
+    target_BT: Array  # i32, the tokens that the user's likelihood is asked of
+
+
+class Seen(NamedTuple):
+    """What the slow critic's parameters say of some dialogues, (B, U) each."""
+
+    open_value: Array  # where the turn opens, the mean over the value heads
+    next_value: Array  # where it has been replied to, the smaller one of two random heads
+    reward: Array  # the imagined one
+    disagreement: Array  # of the user heads, on the reply
+    real: Array  # logit that the reply is real
+
+
+def masked_sum(x: Array, mask: Array) -> Array:
+    """The one masked reduction: elements outside the mask count nothing, whatever they hold."""
+    chex.assert_equal_shape([x, mask])
+    return jnp.sum(jnp.where(mask, x, 0.0))
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """(B, ...) -> (parts, B / parts, ...), every part spread over all devices as the whole was."""
+
+    def split(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, "LB" + "_" * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def merge_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def masks(
+    protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: Array, rl: bool, user_tokens: str = "all"
+) -> dict[str, Array]:
+    """Which elements each component is made of."""
+    imagined_B1 = imagined_B[:, None]
+    user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
+    if user_tokens != "all":
+        closing_BT = world_model.closing_tokens(protocol, dialogue)
+        user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
+    real_turn_BU = turns.mask_BU & ~imagined_B1
+    learnt = {
+        "user": user_BT,
+        "user_heads": user_BT,
+        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & ~imagined_B1,
+        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & ~imagined_B1,
+        "value_real": real_turn_BU if rl else real_turn_BU & dialogue.ended_B[:, None],
+        "reward": real_turn_BU,
+        "end": real_turn_BU,
+    }
+    if not rl:
+        return learnt
+    action_BT = spread(protocol, dialogue, turns.mask_BU)
+    return learnt | {
+        "value": turns.mask_BU & imagined_B1,
+        "slow_value": turns.mask_BU,
+        "policy_real": action_BT & ~imagined_B1,
+        "policy_imagined": action_BT & imagined_B1,
+        "kl": action_BT,
+        "entropy": action_BT,
+        "real_reply": real_turn_BU,
+        "imagined_reply": turns.mask_BU & imagined_B1,
+    }
+
+
+def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: Callable[[int], int], rl: bool):
+    """Builds `targets(state, real, imagined, key) -> batch, state, metrics`; nothing of it is differentiated.
+
+    Args:
+      net, protocol, cfg: what the run is made of.
+      parts_of: rows -> into how many parts they are divided for a forward pass.
+      rl: False while both speakers are learnt by likelihood.
+    """
+    centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
+    true_reward = cfg.imagine.user == "oracle"
+
+    def see(params: Params, dialogue: Dialogue, turns: Turns, key: Array) -> Seen:
+        pair_2 = jax.random.choice(key, cfg.model.value_heads, (min(cfg.model.value_heads, 2),), replace=False)
+
+        def one(x):
+            dialogue, turns = x
+            heads: Heads = net.forward(params, dialogue.token_BT)  # XLA drops what nothing reads
+            value_BTE = value.mean(heads.value_BTEW, centres_W)
+            reward_BU = doubt_BU = jnp.zeros_like(dialogue.reward_BU)
+            if cfg.imagine.reward and not true_reward:
+                reward_BU = REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W)
+            if cfg.model.user_heads:
+                doubt_BT = jnp.roll(guards.disagreement(heads.user_BTEV), 1, axis=1)  # of the token that stands at t
+                doubt_BU = total(protocol, dialogue, doubt_BT, turns.mask_BU.shape[1])
+            return Seen(
+                gather(jnp.mean(value_BTE, axis=-1), turns.open_BU),
+                gather(jnp.min(value_BTE[..., pair_2], axis=-1), turns.reply_BU),
+                reward_BU,
+                doubt_BU,
+                gather(heads.real_BT, turns.reply_BU),
+            )
+
+        rows = dialogue.token_BT.shape[0]
+        return merge_rows(jax.lax.map(one, split_rows((dialogue, turns), parts_of(rows))))
+
+    def earned(rows: Dialogue, turns: Turns, seen: Seen, doubt_BU: Array, imagined_B1: Array) -> Array:
+        """Rewards: real ones as they are, imagined ones as predicted, less the penalty for doubtful replies."""
+        reward_BU = rows.reward_BU if true_reward else seen.reward
+        reward_BU = reward_BU - cfg.guard.penalty * jnp.maximum(doubt_BU, 0.0)
+        if cfg.control == "predictability":
+            said_BT = (rows.author_BT == pr.USER).astype(jnp.float32)
+            nats_BU, tokens_BU = (total(protocol, rows, x, doubt_BU.shape[1]) for x in (rows.logp_BT * said_BT, said_BT))
+            reward_BU = reward_BU + nats_BU / jnp.maximum(tokens_BU, 1.0)
+        unanswered_BU = turns.reply_BU == turns.close_BU
+        return jnp.where(imagined_B1, jnp.where(unanswered_BU, 0.0, reward_BU), rows.reward_BU)
+
+    def guarded(state: TrainState, turns: Turns, seen: Seen, imagined_B1: Array):
+        """The doubt about each reply, and the turns that are left where imagined dialogues are cut."""
+        doubt_BU = guards.doubt(seen.disagreement, state) if cfg.model.user_heads else jnp.zeros_like(seen.reward)
+        stop_BU = jnp.zeros_like(turns.mask_BU)
+        if cfg.guard.truncation:
+            stop_BU |= doubt_BU > cfg.guard.truncation
+        if cfg.guard.discriminator:
+            stop_BU |= jax.nn.sigmoid(seen.real) < cfg.guard.discriminator
+        kept_BU = turns.mask_BU & (guards.before_first(stop_BU & turns.mask_BU) | ~imagined_B1)
+        return doubt_BU, turns.replace(mask_BU=kept_BU, last_BU=turns.last_BU & kept_BU)
+
+    def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
+        rows = real if imagined is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)
+        target_BT = rows.token_BT
+        if rl and cfg.world_model.shuffled:
+            target_BT = target_BT.at[: real.token_BT.shape[0]].set(world_model.shuffled_targets(real))
+        imagined_B = jnp.arange(rows.token_BT.shape[0]) >= real.token_BT.shape[0]
+        imagined_B1 = imagined_B[:, None]
+        turns = find_turns(protocol, rows, unanswered=rl and cfg.imagine.replies == 0)
+        written_BU = gather(rows.sampled_BT, turns.close_BU)
+        mask_BU = turns.mask_BU & (written_BU | ~imagined_B1)  # a prompt's turns are no actions
+        turns = turns.replace(mask_BU=mask_BU, last_BU=turns.last_BU & mask_BU)
+        metrics: dict[str, tuple[Array, Array]] = {}
+        zeros_BU = jnp.zeros_like(rows.reward_BU)
+        seen = Seen(*[zeros_BU] * 5)
+        if rl:
+            seen = see(state.target, rows, turns, key)
+            if cfg.model.user_heads:
+                real_BU = turns.mask_BU & ~imagined_B1
+                state = guards.watch_disagreement(state, seen.disagreement, real_BU, cfg.returns.scale_decay)
+            before_BU = turns.mask_BU & imagined_B1
+            doubt_BU, turns = guarded(state, turns, seen, imagined_B1)
+            rows = rows.replace(reward_BU=earned(rows, turns, seen, doubt_BU, imagined_B1))
+            count = jnp.sum(before_BU, dtype=jnp.float32)
+            metrics["train/doubt"] = masked_sum(doubt_BU, before_BU), count
+            metrics["train/kept"] = masked_sum(turns.mask_BU.astype(jnp.float32), before_BU), count
+        unanswered_BU = turns.reply_BU == turns.close_BU
+        discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)
+        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
+        lambda_ = cfg.returns.lambda_ if rl else 1.0
+        return_BU = returns(rows.reward_BU, seen.next_value, discount_BU, turns.mask_BU, lambda_)
+        if rl and cfg.guard.anchors:
+            anchored_BU = guards.to_real(return_BU, state.anchor_XW)
+            return_BU = jnp.where(imagined_B1 & turns.mask_BU, anchored_BU, return_BU)
+
+        advantage_BU = zeros_BU
+        if rl:
+            state = watch_returns(cfg.returns, state, return_BU, turns.mask_BU, imagined_B)
+            advantage_BU = advantages(cfg, state, return_BU, seen.open_value, turns.mask_BU, real.token_BT.shape[0])
+            metrics |= figures(rows, turns, return_BU, seen.open_value, imagined_B)
+            metrics["train/return_range"] = state.return_high - state.return_low, jnp.ones(())
+            written = jnp.sum(rows.sampled_BT & imagined_B1, dtype=jnp.int32)
+            state = state.replace(imagined_tokens=state.imagined_tokens + written)
+        advantage_BT = spread(protocol, rows, advantage_BU)
+        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens)
+        if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
+            advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
+            learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1
+        batch = Batch(rows, turns, learnt, return_BU, seen.open_value, advantage_BT, target_BT)
+        return jax.lax.stop_gradient(batch), state, metrics
+
+    return targets
+
+
+def watch_returns(cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array) -> TrainState:
+    """Moves the running range of the returns, and their running means, on by one batch."""
+
+    def moved(old, new):
+        return cfg.scale_decay * old + (1 - cfg.scale_decay) * new
+
+    def mean_of(rows_B, old):
+        chosen_BU = mask_BU & rows_B[:, None]
+        count = jnp.sum(chosen_BU)
+        return jnp.where(count > 0, moved(old, masked_sum(return_BU, chosen_BU) / jnp.maximum(count, 1)), old)
+
+    low, high = value.return_range(return_BU, mask_BU)
+    return state.replace(
+        return_low=moved(state.return_low, low),
+        return_high=moved(state.return_high, high),
+        real_mean=mean_of(~imagined_B, state.real_mean),
+        imagined_mean=mean_of(imagined_B, state.imagined_mean),
+    )
+
+
+def figures(rows: Dialogue, turns: Turns, return_BU: Array, value_BU: Array, imagined_B: Array):
+    """Metrics of the real and of the imagined turns, as (sum, weight)."""
+    metrics = {}
+    for name, rows_B in (("real", ~imagined_B), ("imagined", imagined_B)):
+        chosen_BU = turns.mask_BU & rows_B[:, None]
+        turn_count, row_count = jnp.sum(chosen_BU, dtype=jnp.float32), jnp.sum(rows_B, dtype=jnp.float32)
+        metrics[f"train/{name}_return"] = masked_sum(return_BU, chosen_BU), turn_count
+        metrics[f"train/{name}_reward"] = masked_sum(rows.reward_BU, chosen_BU), row_count
+        metrics[f"train/{name}_value_error"] = masked_sum((return_BU - value_BU) ** 2, chosen_BU), turn_count
+        metrics[f"train/{name}_turns"] = turn_count, row_count
+    return metrics
