@@ -33,12 +33,14 @@ def doubt(disagreement_BU: Array, state: TrainState) -> Array:
 
 
 def watch_disagreement(state: TrainState, disagreement_BU: Array, mask_BU: Array, decay: float) -> TrainState:
-    """Moves the running moments of the disagreement on by the turns of one batch of real dialogues."""
+    """Moves the running moments of the disagreement on by the turns of one batch of real dialogues, the first of which sets
+    them: from 0, they would take `1 / (1 - decay)` batches, in which every reply were doubtful."""
     count_U = jnp.sum(mask_BU, axis=0)
+    keep_U = jnp.where(state.doubt_square_U > 0, decay, 0.0)
 
     def moved(old_U, x_BU):
         mean_U = jnp.sum(jnp.where(mask_BU, x_BU, 0.0), axis=0) / jnp.maximum(count_U, 1)
-        return jnp.where(count_U > 0, decay * old_U + (1 - decay) * mean_U, old_U)
+        return jnp.where(count_U > 0, keep_U * old_U + (1 - keep_U) * mean_U, old_U)
 
     return state.replace(
         doubt_U=moved(state.doubt_U, disagreement_BU), doubt_square_U=moved(state.doubt_square_U, disagreement_BU**2)

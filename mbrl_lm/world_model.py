@@ -27,7 +27,7 @@ def clipped_mae(nll_BT: Array, threshold: float) -> Array:
 
 
 def shuffled_targets(dialogue: Dialogue) -> Array:
-    """i32 (B, T): the user's tokens replaced by those that the user of the next row says at the same place of its turns.
+    """i32 (B, T): the user's tokens replaced by those that the user of the row before says at the same place of its turns.
 
     A placebo for the world model's loss. Where the other one's turn is over, or was never said, it is padding.
     """

@@ -130,6 +130,26 @@ def test_rule_2_the_policy_gradient_touches_the_assistants_tokens_only():
     assert touched(g)[:B].any() and touched(g)[B:].any() and not touched(g, "watched_BTV").any()
 
 
+def test_a_control_breaks_rule_2_in_imagined_rows_alone():
+    real, imagined = real_rows(), imagined_rows()
+    g, _ = gradient(real, imagined, POLICY | {"kl": 0.0}, probe=True, control="user_gradient")
+    user_BT = np.concatenate([real.author_BT, imagined.author_BT]) == pr.USER
+    assert not touched(g)[:B][user_BT[:B]].any() and touched(g)[B:][user_BT[B:]].sum() > 10
+    plain, _ = gradient(real, imagined, POLICY | {"kl": 0.0}, probe=True)
+    assert largest_difference(*(jnp.where(user_BT[..., None], 0.0, x["probe_BTV"] != 0) for x in (g, plain))) == 0
+
+
+def test_a_control_breaks_rule_3():
+    real, imagined = real_rows(), imagined_rows()
+    user_BT = imagined.author_BT == pr.USER
+    foreseen = imagined.replace(logp_BT=np.where(user_BT, imagined.logp_BT / 2, imagined.logp_BT))
+    told = [gradient(real, x, control="predictability")[1] for x in (imagined, foreseen)]
+    sums = [metrics["train/imagined_reward"][0] for metrics in told]
+    plain = gradient(real, imagined)[1]["train/imagined_reward"][0]
+    assert sums[0] < sums[1] < plain and sums[1] - sums[0] == pytest.approx(plain - sums[1], rel=1e-3)
+    assert (told[0]["train/real_reward"] == told[1]["train/real_reward"]).all()
+
+
 def test_the_policy_gradient_of_imagined_rows_leaves_their_prompts_alone():
     real, imagined = real_rows(), imagined_rows()
     imagined = imagined.replace(sampled_BT=imagined.sampled_BT & (imagined.turn_BT > 2))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import dialogue
+from tiny import dialogue, tokens
 
 from mbrl_lm import protocol as pr
 from mbrl_lm import world_model
@@ -45,3 +45,13 @@ def test_closing_tokens():
     d = dialogue(CHAT, ["bos a >u b c >a d >u stop", "bos a >u b c >a d >u leave"], T=10)
     assert world_model.closing_tokens(CHAT, d)[0].tolist() == [t in (5, 8) for t in range(10)]
     assert world_model.closing_tokens(CHAT, d)[1].tolist() == [t in (5, 8) for t in range(10)]
+
+
+def test_shuffled_targets_are_what_the_user_of_another_row_said_at_the_same_place():
+    """Turn by turn, and nothing where the other one's turn is shorter, or was never said."""
+    rows = ["bos a >u b c >a d >u stop", "bos a >u e >a f >u g h stop", "bos a >u a b >a f >u b >a f >u leave"]
+    d = dialogue(CHAT, rows, T=14)
+    found = world_model.shuffled_targets(d)
+    expected = ["bos a >u a b >a d >u b", "bos a >u b c f >u stop _ _", "bos a >u e >a _ f >u g h f >u _"]
+    assert found.tolist() == [tokens(row) + [pr.PAD] * (14 - len(row.split())) for row in expected]
+    assert (found == d.token_BT)[d.author_BT != pr.USER].all()

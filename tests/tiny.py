@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from mbrl_lm import config
+from mbrl_lm import config, learner, targets
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net, make_net
 from mbrl_lm.replay import empty_dialogues
@@ -167,3 +168,23 @@ def largest_difference(a: Any, b: Any) -> float:
     """Over all leaves of two trees."""
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(np.max(np.abs(np.subtract(x, y, dtype=np.float64)), initial=0)) for x, y in leaves)
+
+
+def component_gradients(w: World, real: Dialogue, imagined: Dialogue) -> dict[str, Params]:
+    """The gradient of the sum of each component of an update by return."""
+    key = jax.random.key(0)
+    state = learner.init_state(w.net._replace(init=lambda key: w.params), optax.sgd(1.0), key, w.cfg.turns)
+    reference = noisy(w.params, 5, 0.05)
+    build = targets.make_targets(w.net, w.protocol, w.cfg, lambda rows: 1, rl=True)
+
+    @jax.jit
+    def gradients(params):
+        batch, _, _ = build(state.replace(target=params, params=params), real, imagined, key)
+
+        def totals(params):
+            found = learner.losses(w.net, w.protocol, w.cfg, params, reference, batch, None)
+            return {name: targets.masked_sum(x, batch.masks[name]) for name, x in found.items()}
+
+        return jax.jacrev(totals)(params)
+
+    return gradients(w.params)

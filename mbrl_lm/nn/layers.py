@@ -72,6 +72,13 @@ class CausalConv(nn.Module):
         return x_BTD + sum(taps), cache_BSD
 
 
+def what_follows(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """(X, K): at first, head k looks for what stands k tokens behind a word that was said lately, wherever else it stands."""
+    X, K = shape
+    first_KX = 2.0 * jax.nn.one_hot(X - 1 - jnp.arange(K) % X, X, dtype=dtype)
+    return first_KX.T + 0.1 * jax.random.normal(key, shape, dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): N query heads share K key/value heads.
 
@@ -98,7 +105,8 @@ class Attention(nn.Module):
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
         if code_BTXC is not None:
             X = code_BTXC.shape[2]
-            asks_XN, asked_XK = (self.param(n, nn.initializers.normal(0.5), (X, m)) for n, m in (("asks_XN", N), ("asked_XK", K)))
+            asks_XN = self.param("asks_XN", nn.initializers.ones, (X, N))
+            asked_XK = self.param("asked_XK", what_follows, (X, K))
             q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
             k_BKTC = jnp.einsum("BTXC,XK->BKTC", code_BTXC, asked_XK.astype(dtype))
             q_BTNH, k_BKTH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1), jnp.concatenate([k_BKTH, k_BKTC], axis=-1)
