@@ -30,7 +30,7 @@ class Model:
     mlp_width: int = 384
     conv_width: int = 5  # causal depthwise convolution before each attention; 1 = none
     match_taps: int = 0  # tokens that each head compares with those before any other token: for looking things up
-    match_width: int = 32  # of the codes that tell tokens apart
+    match_width: int = 24  # of the codes that tell tokens apart
     dropout: float = 0.0
     tied: bool = False  # the embedding is also the output layer
     scan_layers: bool = False  # one compiled layer scanned over; unrolled is faster on a CPU
@@ -292,12 +292,13 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "tokens": 128,
     "widths": (64,),
     "model.width": 96,
-    "model.heads": 6,
-    "model.kv_heads": 6,
+    "model.heads": 8,
+    "model.kv_heads": 8,
     "model.mlp_width": 192,
     "model.match_taps": 8,
+    "model.dropout": 0.15,
     "train.renamed": 1.0,
-    "train.supervised_steps": 600,
+    "train.supervised_steps": 400,
     "train.rl_steps": 200,
     "train.learning_rate": 4e-3,
     "train.rl_learning_rate": 5e-4,
@@ -307,7 +308,7 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "collect.batch": 10,
     "eval.every": 100,
     "eval.dialogues": 256,
-    "checkpoint_every": 600,
+    "checkpoint_every": 400,
 }
 PRESETS = {
     "concierge": {

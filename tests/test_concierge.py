@@ -9,6 +9,7 @@ from mbrl_lm.envs import ENVS
 from mbrl_lm.envs.concierge import (
     HELD_OUT_TYPES,
     LOG_UIDS,
+    ORACLE_UIDS,
     TEST_UIDS,
     TRAIN_TYPES,
     TRAIN_UIDS,
@@ -61,7 +62,8 @@ def test_a_dialogue_depends_on_seed_and_uid_and_on_nothing_else():
 
 
 def test_uids_and_types_are_disjoint():
-    assert TRAIN_UIDS.stop <= TEST_UIDS.start and TEST_UIDS.stop <= LOG_UIDS.start and LOG_UIDS.stop <= 2**31
+    uids = (TRAIN_UIDS, TEST_UIDS, LOG_UIDS, ORACLE_UIDS)
+    assert all(a.stop <= b.start for a, b in zip(uids, uids[1:], strict=False)) and ORACLE_UIDS.stop <= 2**32
     assert not set(TRAIN_TYPES) & set(HELD_OUT_TYPES)
     for split, types in (("train", TRAIN_TYPES), ("test", TRAIN_TYPES + HELD_OUT_TYPES)):
         assert {row.state.type for row in Concierge(0, range(200), split).rows} == set(types)
@@ -181,6 +183,31 @@ def test_the_rating_is_another_signal_of_the_same_dialogues():
     assert 0 <= min(rewards(by_rating)) and max(rewards(by_rating)) <= 1 and min(rewards(by_return)) < 0
     mixture, pleaser = (mean_interval(rewards(records)) for records in (by_rating, pleased))
     assert pleaser[1] > mixture[2], "what pleases at the moment is rated higher"
+
+
+def test_the_outcome_is_the_return_and_stands_at_the_end():
+    by_return, by_outcome = (converse(Mixture(), Concierge(2, range(200)), signal=name) for name in ("return", "outcome"))
+    ended = set()
+    for dense, sparse in zip(by_return, by_outcome, strict=True):
+        assert [turn["text"] for turn in dense["turns"]] == [turn["text"] for turn in sparse["turns"]]
+        rewards, outcome = ([t["reward"] for t in r["turns"] if t["role"] == "assistant"] for r in (dense, sparse))
+        assert not any(outcome[:-1]) and outcome[-1] == pytest.approx(sum(rewards), abs=1e-5)
+        ended.add(sparse["ended"] if outcome[-1] else "")
+    assert {"end", "leave", "cut"} <= ended and any(
+        sum(r != 0 for r in (t.get("reward", 0) for t in x["turns"])) > 1 for x in by_return
+    )
+
+
+def test_catalogues_have_as_many_places_as_is_asked_for():
+    def sizes(records):
+        return {len(read_catalogue(record["context"]).places) for record in records}
+
+    assert sizes(logs(0, 60, places=(2, 3))) == {2, 3} and sizes(logs(0, 120)) == set(range(4, 9))
+    assert list(logs(0, 3, places=(2, 3)))[:2] == list(logs(0, 2, places=(2, 3)))
+    few = Concierge(0, TEST_UIDS[:300], "test", places=(3, 3))
+    assert {len(read_catalogue(context).places) for context in few.contexts} == {3}
+    outcomes = play(Oracle(), few)
+    assert mean_interval([o["return"] for o in outcomes])[0] > 0.75, "there is a place for every wish"
 
 
 def test_logs_are_mediocre_and_hold_no_exploit(logged):

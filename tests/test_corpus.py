@@ -11,6 +11,7 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings, scenario_key
 from mbrl_lm.data.corpus import load_corpus, rename, write_logs
 from mbrl_lm.data.records import DataError
+from mbrl_lm.envs.concierge.renaming import RENAMINGS
 
 
 def config_of(data, data_dir="", **values):
@@ -68,6 +69,16 @@ def test_dialogues_are_renamed_where_it_is_asked_for(deals, tmp_path):
     corpus = load_corpus(config_of("deal_or_no_deal", deals, train__renamed=0.5, **values), tmp_path)
     assert len(corpus.renamed.uid_B) > 5 * len(corpus.train.uid_B)
     assert len(corpus.others_renamed.uid_B) > 5 * len(corpus.others.uid_B)
+
+
+def test_the_environments_dialogues_are_renamed_where_it_is_asked_for(tmp_path):
+    assert load_corpus(config_of("concierge", train__renamed=0.0), tmp_path).renamed is None
+    corpus = load_corpus(config_of("concierge", train__renamed=0.5), tmp_path)
+    assert len(corpus.renamed.uid_B) == RENAMINGS * len(corpus.train.uid_B)
+    (tmp_path / "small").mkdir()
+    small = load_corpus(config_of("concierge", places=(3, 3)), tmp_path / "small")
+    marks = small.tokenizer.encode(";")
+    assert (np.isin(small.train.token_BT, marks).sum(axis=1) < np.isin(corpus.train.token_BT, marks).sum(axis=1).max()).all()
 
 
 def test_negotiations_to_be_judged_by_may_not_be_learnt_from(deals, tmp_path):

@@ -1,6 +1,5 @@
 """The main job from the outside, on a tiny scale: what a run leaves behind, stopping and resuming, other data, mistakes."""
 
-import functools
 import json
 import os
 import pathlib
@@ -16,7 +15,6 @@ from fakes import one_device, write_deals
 
 from mbrl_lm import config, learner, nn, sharding, tokenizer
 from mbrl_lm.checkpoint import Checkpoints, saved_steps
-from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.replay import Replay
 
 ROOT = pathlib.Path(__file__).parent.parent

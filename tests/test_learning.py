@@ -91,7 +91,12 @@ def through_imagination(useful: bool, seed: int) -> tuple[float, float, float]:
 
     Where the world model is useless, the very same replies stand in the recordings, but shuffled: they answer nothing.
     """
-    values = {"train__supervised_steps": 150, "loss__policy": 1.0, "imagine__share": (1.0, 1.0), "train__learning_rate": 1e-2}
+    values = {
+        "train__supervised_steps": 150,
+        "loss__policy": 1.0,
+        "imagine__share": (1.0, 1.0),
+        "train__learning_rate": 1e-2,
+    }
     w = toy_world(**values)
     optimizer = make_optimizer(w.cfg.train)
     by_likelihood, by_return = (

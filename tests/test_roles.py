@@ -81,10 +81,11 @@ def test_decode_equals_forward(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_writes_what_score_reads(kind):
     w = roles_world(kind)
+    real = dialogues(w)
 
     @jax.jit
     def write(params, key):
-        prompt = rollout.from_an_opening(w.protocol, dialogues(w), key)
+        prompt = rollout.from_an_opening(w.protocol, real, key)
         return rollout.imagine(w.net, w.protocol, params, prompt, key, tokens=T, turns=9)
 
     own = write(w.params, jax.random.key(2))

@@ -72,51 +72,67 @@ class CausalConv(nn.Module):
         return x_BTD + sum(taps), cache_BSD
 
 
-def what_follows(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-    """(X, K): at first, head k looks for what stands k tokens behind a word that was said lately, wherever else it stands."""
-    X, K = shape
-    first_KX = 2.0 * jax.nn.one_hot(X - 1 - jnp.arange(K) % X, X, dtype=dtype)
-    return first_KX.T + 0.1 * jax.random.normal(key, shape, dtype)
+def one_tap(before_K: Array, size: float) -> nn.initializers.Initializer:
+    """(X, K): head k at first takes the token that stands `before_K[k]` tokens before, and a little of the others."""
+
+    def init(key, shape, dtype=jnp.float32):
+        X = shape[0]
+        return size * jax.nn.one_hot(X - 1 - before_K % X, X, dtype=dtype).T + 0.1 * jax.random.normal(key, shape, dtype)
+
+    return init
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): N query heads share K key/value heads.
 
-    Beside what queries and keys are made of the stream, each head compares the tokens shortly before the one that asks with
-    those shortly before the one that is asked: sum over i, j of a_i b_j [token t - i = token s - j], by codes of the tokens that
-    are all but orthogonal. What followed the same word in the context is found from the first updates on.
+    Beside what it makes of the stream, each head compares the tokens shortly before the one that asks, t, with those shortly
+    before the one that is asked, s, and gets those shortly before s:
+
+        score + sum_ij a_i b_j [token t - i = token s - j],     value, sum_j c_j (token s - j)
+
+    with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word that was
+    said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is learnt from
+    the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets, its code adds to
+    the logits (as pointer networks copy, See et al. 2017).
     """
 
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any]:
+    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any, Any]:
         (T, D), N, K = x_BTD.shape[1:], self.cfg.heads, self.cfg.kv_heads
-        H = D // N
+        H, C = D // N, 0 if code_BTXC is None else code_BTXC.shape[-1]
         dtype = x_BTD.dtype
         wq_DNH = self.param("wq_DNH", fan_in(D), (D, N, H)).astype(dtype)
         wk_DKH = self.param("wk_DKH", fan_in(D), (D, K, H)).astype(dtype)
         wv_DKH = self.param("wv_DKH", fan_in(D), (D, K, H)).astype(dtype)
-        wo_NHD = self.param("wo_NHD", fan_in(D, self.cfg.layers), (N, H, D)).astype(dtype)
+        wo_NHD = self.param("wo_NHD", fan_in(D, self.cfg.layers), (N, H + C, D)).astype(dtype)
 
         position_T = index + jnp.arange(T)
         q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, wq_DNH), position_T)
         k_BKTH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), position_T).swapaxes(1, 2)
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
-        if code_BTXC is not None:
-            X = code_BTXC.shape[2]
+        if C:
+            X, half, nth_K = code_BTXC.shape[2], (K + 1) // 2, jnp.arange(K)
             asks_XN = self.param("asks_XN", nn.initializers.ones, (X, N))
-            asked_XK = self.param("asked_XK", what_follows, (X, K))
+            asked_XK = self.param("asked_XK", one_tap(jnp.where(nth_K < half, nth_K + 1, 0), 2.0), (X, K))
+            given_XK = self.param("given_XK", one_tap(jnp.where(nth_K < half, 0, nth_K - half + 1), 1.0), (X, K))
             q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
-            k_BKTC = jnp.einsum("BTXC,XK->BKTC", code_BTXC, asked_XK.astype(dtype))
-            q_BTNH, k_BKTH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1), jnp.concatenate([k_BKTH, k_BKTC], axis=-1)
+            k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, taps.astype(dtype)) for taps in (asked_XK, given_XK))
+            q_BTNH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1)
+            k_BKTH, v_BKTH = jnp.concatenate([k_BKTH, k_BKTC], axis=-1), jnp.concatenate([v_BKTH, v_BKTC], axis=-1)
         if cache is not None:
             k_BKTH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BKTH, index, axis=2)
             v_BKTH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BKTH, index, axis=2)
             cache = (k_BKTH, v_BKTH)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, -1)
-        out_BTNH = attend(q_BTKGH, k_BKTH, v_BKTH, index, H**-0.5).reshape(*q_BTNH.shape[:3], H)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD), cache
+        out_BTNH = attend(q_BTKGH, k_BKTH, v_BKTH, index, H**-0.5).reshape(*q_BTNH.shape[:3], H + C)
+        found_BTC = None
+        if C:
+            gate_DN = self.param("gate_DN", fan_in(D), (D, N)).astype(dtype)
+            gate_BTN = jnp.einsum("BTD,DN->BTN", x_BTD, gate_DN)
+            found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD), found_BTC, cache
 
 
 class GatedMLP(nn.Module):
@@ -138,19 +154,24 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One layer: convolution and attention, then the MLP, each on a normalised input, added to the residual stream.
 
+    What the attention found in the context is summed over the layers beside it.
+
     Dropout is on exactly when a "dropout" key is given to `apply`.
     """
 
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any]:
+    def __call__(self, carry: Any, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Any, Any]:
+        x_BTD, found_BTC = carry
         k, v, inputs = (None, None, None) if cache is None else cache
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
         h_BTD = RMSNorm(name="norm_attention")(x_BTD)
         if self.cfg.conv_width > 1:
             h_BTD, inputs = CausalConv(self.cfg.conv_width, name="conv")(h_BTD, inputs, index)
-        h_BTD, kv = Attention(self.cfg, name="attention")(h_BTD, None if cache is None else (k, v), index, code_BTXC)
+        kv = None if cache is None else (k, v)
+        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC)
+        found_BTC = None if more_BTC is None else found_BTC + more_BTC
         x_BTD = x_BTD + drop(h_BTD)
         h_BTD = GatedMLP(self.cfg, name="mlp")(RMSNorm(name="norm_mlp")(x_BTD))
-        return x_BTD + drop(h_BTD), None if cache is None else (*kv, inputs)
+        return (x_BTD + drop(h_BTD), found_BTC), None if cache is None else (*kv, inputs)

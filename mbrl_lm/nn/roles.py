@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.nn.transformer import Net, make_transformer
+from mbrl_lm.nn.transformer import Net, make_transformer, trunk_width
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
 
@@ -67,7 +67,7 @@ def adapted(net: Net, cfg: config.Model) -> Net:
     """One trunk and a bottleneck for each speaker behind it, x + silu(x down) up (Houlsby et al. 2019), at first nothing."""
 
     def init(key):
-        D, F = cfg.width, cfg.adapter_width
+        D, F = trunk_width(cfg), cfg.adapter_width
         trunk_key, *keys = jax.random.split(key, 3)
         params = {"trunk": net.init(trunk_key)}
         for name, name_key in zip(("assistant", "user"), keys, strict=True):
@@ -96,7 +96,7 @@ def adapted(net: Net, cfg: config.Model) -> Net:
     return Net(init, net.init_cache, trunk, heads, prefill, step)
 
 
-ROLES = {"shared": lambda net, cfg: net, "adapter": adapted, "separate": lambda net, cfg: separate(net, cfg.width)}
+ROLES = {"shared": lambda net, cfg: net, "adapter": adapted, "separate": lambda net, cfg: separate(net, trunk_width(cfg))}
 
 
 def make_net(cfg: config.Model, vocab_size: int) -> Net:

@@ -17,7 +17,7 @@ class Net(NamedTuple):
 
     init(key) -> params
     init_cache(B, S) -> KVCache for S positions
-    trunk(params, token_BT, dropout_key=None) -> x_BTD, what the heads read; x at t has seen tokens 0 ... t
+    trunk(params, token_BT, dropout_key=None) -> x_BTD, what the heads read, of `trunk_width`; x at t has seen tokens 0 ... t
     heads(params, x_BTD, role_BT=None) -> Heads; the role is that of the next token's author, for weights of its own
     prefill(params, token_BT, cache) -> cache after reading all T tokens from position 0
     step(params, token_B, index, cache) -> (x_BTD of one token, cache); the token stands at `index` in every row
@@ -85,15 +85,18 @@ class Transformer(nn.Module):
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         code_BTXC, codes = self.codes(token_BT, cache, index)
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
+        found_BTC = None if code_BTXC is None else jnp.zeros_like(code_BTXC[:, :, 0])
+        carry = x_BTD, found_BTC
         if self.cfg.scan_layers:
-            x_BTD, layers = self.blocks(x_BTD, layers, index, code_BTXC)
+            carry, layers = self.blocks(carry, layers, index, code_BTXC)
         else:
             after = []
             for i, block in enumerate(self.blocks):
-                x_BTD, layer = block(x_BTD, None if layers is None else tuple(a[i] for a in layers), index, code_BTXC)
+                carry, layer = block(carry, None if layers is None else tuple(a[i] for a in layers), index, code_BTXC)
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
-        return self.norm(x_BTD), None if layers is None else KVCache(*layers, codes)
+        x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
+        return x_BTD, None if layers is None else KVCache(*layers, codes)
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
@@ -109,8 +112,11 @@ class Transformer(nn.Module):
         return jnp.stack([window_BTC[:, i : i + T] for i in range(X)], axis=2), kept
 
     def heads(self, x_BTD: Array) -> Heads:
+        x_BTD, found_BTC = jnp.split(x_BTD, [self.cfg.width], axis=-1)
         unembed_DV = self.embed_VD.T if self.cfg.tied else self.unembed_DV
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, unembed_DV.astype(x_BTD.dtype)).astype(jnp.float32)
+        if self.cfg.match_taps:
+            logits_BTV += jnp.einsum("BTC,VC->BTV", found_BTC, self.code_VC.astype(found_BTC.dtype)).astype(jnp.float32)
         x_BTD = x_BTD.astype(jnp.float32)
         watched_BTD = jax.lax.stop_gradient(x_BTD)  # what guards read must not shape what they guard
         return Heads(
@@ -126,6 +132,11 @@ class Transformer(nn.Module):
         return self.heads(self.read(token_BT, None, 0)[0])
 
 
+def trunk_width(cfg: config.Model) -> int:
+    """D of what the heads read: the stream, and the code of what was found in the context."""
+    return cfg.width + (cfg.match_width if cfg.match_taps else 0)
+
+
 def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
     """One transformer for both speakers, as pure functions."""
     module = Transformer(cfg, vocab_size)
@@ -137,7 +148,7 @@ def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
         K, H = cfg.kv_heads, cfg.width // cfg.heads
         dtype, X = jnp.dtype(cfg.dtype), cfg.match_taps
         C = cfg.match_width if X else 0
-        shapes = [(B, K, S, H + C), (B, K, S, H), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
+        shapes = [(B, K, S, H + C), (B, K, S, H + C), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
         code_BSC = jnp.zeros((B, S + X - 1 if X else 0, C), dtype)
         if cfg.scan_layers:
             return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes), code_BSC)
