@@ -31,7 +31,7 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     point_key, write_key = jax.random.split(key)
     user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
     uid_B = jax.numpy.arange(cfg.imagine.batch, dtype=jax.numpy.uint32)
-    rows = jax.tree.map(lambda x: x[uid_B[: cfg.imagine.batch // cfg.imagine.candidates] % cfg.train.batch], real)
+    rows = jax.tree.map(lambda x: x[uid_B[: cfg.imagine.batch // cfg.imagine.candidates] % real.uid_B.shape[0]], real)
     prompt = rollout.from_an_opening(protocol, rows, point_key)
     prompt = jax.tree.map(lambda x: jax.numpy.repeat(x, cfg.imagine.candidates, axis=0), prompt).replace(uid_B=uid_B)
     turns, temperature = max(2 * cfg.imagine.replies, 1), cfg.imagine.temperature

@@ -99,6 +99,7 @@ class Train:
     rl_steps: int = 200
     rl_epochs: int = 1  # optimiser steps on the dialogues of one of them
     batch: int = 32  # real dialogues of an update, of full width
+    rl_batch: int = 0  # the same of an update by return; 0 = as many
     micro_batch: int = 4  # rows per device of one pass of gradient accumulation; 0 = the whole batch at once
     optimizer: str = "muon"  # for the matrices of the trunk; adamw: for all parameters
     learning_rate: float = 2e-3
@@ -292,8 +293,9 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "tokens": 128,
     "widths": (64,),
     "model.width": 96,
-    "model.heads": 8,
-    "model.kv_heads": 8,
+    "model.layers": 2,
+    "model.heads": 4,
+    "model.kv_heads": 4,
     "model.mlp_width": 192,
     "model.match_taps": 8,
     "model.dropout": 0.15,
@@ -303,7 +305,8 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "train.learning_rate": 4e-3,
     "train.rl_learning_rate": 5e-4,
     "train.micro_batch": 8,
-    "imagine.batch": 64,
+    "train.rl_batch": 8,
+    "imagine.batch": 32,
     "collect.every": 4,
     "collect.batch": 10,
     "eval.every": 100,
@@ -385,7 +388,7 @@ def check(cfg: Config) -> None:
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
-        (imagine.batch % train.batch, "imagine.batch must be a multiple of train.batch: prompts come from its dialogues"),
+        (imagine.batch % (train.rl_batch or train.batch), "imagine.batch must be a multiple of train.rl_batch: prompts come from it"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
         (imagine.user not in ("live", "frozen", "population", "oracle"), "imagine.user is live, frozen, population or oracle"),
         (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: take another imagine.user"),

@@ -31,9 +31,10 @@ class Experience:
     def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh):
         self._cfg, self._logs = cfg, len(corpus.train.uid_B)
         self.replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
-        self._online = cfg.train.batch // 2 if cfg.collect.every else 0
+        rows = cfg.train.rl_batch or cfg.train.batch
+        self._online = rows // 2 if cfg.collect.every else 0
         recorded = corpus.renamed if cfg.train.renamed == 1 else corpus.train
-        self._logged_at = batches(recorded, cfg.seed, cfg.train.batch - self._online)
+        self._logged_at = batches(recorded, cfg.seed, rows - self._online)
 
         def true_user(rows):
             return TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, rows, cfg.signal)

@@ -27,7 +27,7 @@ def make_state(width: int = 4, step: int = 0, fill: float = 0.0) -> TrainState:
         "scale_D": jnp.arange(width, dtype=jnp.bfloat16),
     }
     target, reference = (jax.tree.map(jnp.copy, params) for _ in range(2))  # buffers of their own: tests donate them
-    statistics = [jnp.zeros(shape) for shape in [()] * 4 + [4, 4, (4, 2)]]
+    statistics = [jnp.zeros(shape) for shape in [()] * 4 + [4, 4, (4, 4)]]
     state = params, _TX.init(params), target, reference, None
     return TrainState(jnp.int32(step), *state, *statistics, jnp.int32(0))
 

@@ -186,16 +186,15 @@ def test_the_rating_is_another_signal_of_the_same_dialogues():
 
 
 def test_the_outcome_is_the_return_and_stands_at_the_end():
-    by_return, by_outcome = (converse(Mixture(), Concierge(2, range(200)), signal=name) for name in ("return", "outcome"))
     ended = set()
-    for dense, sparse in zip(by_return, by_outcome, strict=True):
-        assert [turn["text"] for turn in dense["turns"]] == [turn["text"] for turn in sparse["turns"]]
-        rewards, outcome = ([t["reward"] for t in r["turns"] if t["role"] == "assistant"] for r in (dense, sparse))
-        assert not any(outcome[:-1]) and outcome[-1] == pytest.approx(sum(rewards), abs=1e-5)
-        ended.add(sparse["ended"] if outcome[-1] else "")
-    assert {"end", "leave", "cut"} <= ended and any(
-        sum(r != 0 for r in (t.get("reward", 0) for t in x["turns"])) > 1 for x in by_return
-    )
+    for assistant in (Mixture(), Random()):
+        by_return, by_outcome = (converse(assistant, Concierge(2, range(200)), signal=x) for x in ("return", "outcome"))
+        for dense, sparse in zip(by_return, by_outcome, strict=True):
+            assert [turn["text"] for turn in dense["turns"]] == [turn["text"] for turn in sparse["turns"]]
+            rewards, outcome = ([t["reward"] for t in r["turns"] if t["role"] == "assistant"] for r in (dense, sparse))
+            assert not any(outcome[:-1]) and outcome[-1] == pytest.approx(sum(rewards), abs=1e-5)
+            ended.add(sparse["ended"] if len(rewards) > 1 and any(rewards[:-1]) else "")
+    assert {"end", "leave", "cut"} <= ended
 
 
 def test_catalogues_have_as_many_places_as_is_asked_for():

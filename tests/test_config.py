@@ -35,7 +35,7 @@ CONTRADICTIONS = [
     ("concierge", {"guard.anchors": True, "collect.every": 0}, "set collect.every"),
     ("concierge", {"start": "somewhere", "train.supervised_steps": 0}, "set train.supervised_steps"),
     ("concierge", {"noise": 1.0}, "noise is a probability"),
-    ("concierge", {"train.renamed": 0.5}, "train.renamed needs"),
+    ("chat_jsonl", {"train.renamed": 0.5}, "train.renamed needs"),
     ("deal_or_no_deal", {"data_dir": ""}, "give --config.data_dir"),
     ("deal_or_no_deal", {"noise": 0.1}, "data=concierge only"),
     ("deal_or_no_deal", {"signal": "rating"}, "data=concierge only"),

@@ -215,6 +215,22 @@ def test_another_config_is_refused_by_name(whole):
     assert "imagine.replies was 4 and is 2" in one_line(err)
 
 
+# ---- begun where another run stopped ----
+
+
+def test_a_run_begun_with_anothers_likelihood_phase_is_the_run_that_learnt_it_itself(whole, tmp_path):
+    run(tmp_path / "start", CONCIERGE | {"train.rl_steps": 0, "checkpoint_every": 100, "loss.kl": 0.7})
+    workdir, seconds = tmp_path / "w", results(tmp_path / "start")["wall_s"]
+    run(workdir, CONCIERGE | {"start": tmp_path / "start"})
+    own, others = ([row for row in lines(path) if row["step"] > 3] for path in (workdir, whole[0]))
+    assert own == others and len(own) == 7
+    (state_a, replay_a), (state_b, replay_b) = map(last_checkpoint, (whole[0], workdir))
+    leaves = zip(jax.tree.leaves((state_a, replay_a)), jax.tree.leaves((state_b, replay_b)), strict=True)
+    assert all((a == b).all() for a, b in leaves)
+    assert results(workdir) | {"wall_s": 0} == results(whole[0]) | {"wall_s": 0}
+    assert results(workdir)["wall_s"] > seconds / 2
+
+
 # ---- other data ----
 
 

@@ -43,7 +43,7 @@ def test_a_renamed_dialogue_is_as_likely_and_earns_the_same():
             np.testing.assert_allclose(found.log_prob_U, own.log_prob_U, rtol=0, atol=1e-9)
             assert found.reward == pytest.approx(own.reward, abs=1e-9)
             changed += other.spoken != record.spoken and other.context != record.context
-    assert changed > 0.9 * len(SOME) * len(records())
+    assert changed > 0.8 * len(SOME) * len(records())
 
 
 def test_claims_stay_true_or_false_and_acts_what_they_were():

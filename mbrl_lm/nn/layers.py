@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from mbrl_lm import config
 from mbrl_lm.types import Array
 
+NEAR = 4  # tokens, of what belongs to a word that is looked up
+
 
 def fan_in(size: int, layers: int = 0) -> nn.initializers.Initializer:
     """Normal of variance 1 / size, divided by 2 L for what is added to the residual stream (Radford et al. 2019)."""
@@ -72,12 +74,13 @@ class CausalConv(nn.Module):
         return x_BTD + sum(taps), cache_BSD
 
 
-def one_tap(before_K: Array, size: float) -> nn.initializers.Initializer:
-    """(X, K): head k at first takes the token that stands `before_K[k]` tokens before, and a little of the others."""
+def taps(near_K: Array, size: float) -> nn.initializers.Initializer:
+    """(X, K): a head at first takes the NEAR tokens before the own one, all alike, or else that one; and a little of the others."""
 
     def init(key, shape, dtype=jnp.float32):
-        X = shape[0]
-        return size * jax.nn.one_hot(X - 1 - before_K % X, X, dtype=dtype).T + 0.1 * jax.random.normal(key, shape, dtype)
+        before_X1 = jnp.arange(shape[0])[::-1, None]
+        first_XK = jnp.where(near_K[None], (before_X1 > 0) & (before_X1 <= NEAR), before_X1 == 0)
+        return size * first_XK.astype(dtype) + 0.1 * jax.random.normal(key, shape, dtype)
 
     return init
 
@@ -113,12 +116,12 @@ class Attention(nn.Module):
         k_BKTH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), position_T).swapaxes(1, 2)
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
         if C:
-            X, half, nth_K = code_BTXC.shape[2], (K + 1) // 2, jnp.arange(K)
+            X, follows_K = code_BTXC.shape[2], jnp.arange(K) < (K + 1) // 2
             asks_XN = self.param("asks_XN", nn.initializers.ones, (X, N))
-            asked_XK = self.param("asked_XK", one_tap(jnp.where(nth_K < half, nth_K + 1, 0), 2.0), (X, K))
-            given_XK = self.param("given_XK", one_tap(jnp.where(nth_K < half, 0, nth_K - half + 1), 1.0), (X, K))
+            asked_XK = self.param("asked_XK", taps(follows_K, 2.0), (X, K))
+            given_XK = self.param("given_XK", taps(~follows_K, 1.0), (X, K))
             q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
-            k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, taps.astype(dtype)) for taps in (asked_XK, given_XK))
+            k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, tap.astype(dtype)) for tap in (asked_XK, given_XK))
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1)
             k_BKTH, v_BKTH = jnp.concatenate([k_BKTH, k_BKTC], axis=-1), jnp.concatenate([v_BKTH, v_BKTC], axis=-1)
         if cache is not None:
