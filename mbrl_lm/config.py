@@ -29,6 +29,7 @@ class Model:
     kv_heads: int = 2
     mlp_width: int = 384
     conv_width: int = 5  # causal depthwise convolution before each attention; 1 = none
+    speakers: bool = False  # every token is told whose turn it stands in
     match_taps: int = 0  # tokens that each head compares with those before any other token: for looking things up
     match_width: int = 24  # of the codes that tell tokens apart
     dropout: float = 0.0
@@ -297,10 +298,11 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "model.heads": 4,
     "model.kv_heads": 4,
     "model.mlp_width": 192,
+    "model.speakers": True,
     "model.match_taps": 8,
     "model.dropout": 0.15,
     "train.renamed": 1.0,
-    "train.supervised_steps": 400,
+    "train.supervised_steps": 1000,
     "train.rl_steps": 200,
     "train.learning_rate": 4e-3,
     "train.rl_learning_rate": 5e-4,
@@ -311,7 +313,7 @@ SMALL = CONCIERGE | {  # the ablations: two minutes on two cores
     "collect.batch": 10,
     "eval.every": 100,
     "eval.dialogues": 256,
-    "checkpoint_every": 400,
+    "checkpoint_every": 1000,
 }
 PRESETS = {
     "concierge": {

@@ -61,6 +61,7 @@ class KVCache:
     v_LBKSH: Any
     x_LBSD: Any  # inputs of the causal convolution, `taps - 1` positions of zeros first
     code_BSC: Any  # codes of the tokens, for comparing them; likewise
+    spoken_BS: Any  # i32, the mark that the turn of each token began with
 
 
 @flax.struct.dataclass

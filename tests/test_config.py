@@ -10,7 +10,7 @@ CONTRADICTIONS = [
     ("concierge", {"train.supervised_steps": 0, "train.rl_steps": 0}, "are both 0"),
     ("concierge", {"imagine.reward": ""}, "need imagine.reward"),
     ("concierge", {"imagine.reward": "split"}, "reads the outcome of deal_or_no_deal"),
-    ("concierge", {"imagine.batch": 33}, "multiple of train.batch"),
+    ("concierge", {"imagine.batch": 33}, "multiple of train.rl_batch"),
     ("concierge", {"imagine.candidates": 5}, "imagine.candidates must divide"),
     ("concierge", {"imagine.user": "nobody"}, "imagine.user is live, frozen, population or oracle"),
     ("concierge", {"imagine.refresh": 0}, "at least 1"),

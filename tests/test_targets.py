@@ -113,7 +113,8 @@ def test_real_replies_calibrate_the_doubt():
     _, state, _ = built(net, returns__scale_decay=0.5)
     np.testing.assert_allclose(state.doubt_U, [0, LN2 / 2, 0], atol=1e-6)
     np.testing.assert_allclose(state.doubt_square_U, [0.02, 0.02 + LN2**2 / 2, 0.02], rtol=1e-5)
-    doubted = built(net, imagined=written(rows(copies=4)), returns__scale_decay=0.5)[1]
+    calm = written(rows(THREE.replace("h", "b"), copies=4))
+    doubted = built(net, imagined=calm, returns__scale_decay=0.5)[1]
     np.testing.assert_allclose(doubted.doubt_U, state.doubt_U, atol=1e-6, err_msg="imagined replies do not")
 
 
@@ -291,6 +292,7 @@ def test_the_policy_gradient_reaches_imagined_user_turns_only_as_a_control():
     assert mask(batch, "policy_imagined") == list(range(3, 15))
     for places, u in (((3, 4, 5, 6), 0), ((7, 8, 9, 10), 1), ((11, 12, 13, 14), 2)):
         np.testing.assert_allclose(batch.advantage_BT[1, jnp.array(places)], np.full(4, advantage_U[1, u]), rtol=1e-5)
+    assert not batch.masks["policy_imagined"][0].any()
     plain, _, _ = built(net)
     for name in set(batch.masks) - {"policy_imagined"}:
         assert (batch.masks[name] == plain.masks[name]).all(), name

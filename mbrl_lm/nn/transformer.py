@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_lm import config
+from mbrl_lm import protocol as pr
 from mbrl_lm.nn.layers import Block, RMSNorm
 from mbrl_lm.types import Array, Heads, KVCache, Params
+
+
+MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
 
 
 class Net(NamedTuple):
@@ -41,6 +45,22 @@ class Net(NamedTuple):
         return jax.tree.map(lambda a: a[:, 0], heads), cache
 
 
+def turn_marks(token_BT: Array, spoken_BS: Array | None, index: Array | int) -> tuple[Array, Array | None]:
+    """The place in MARKS of the mark that each token's turn began with, (B, T), and the cache of these after the tokens."""
+    mark_BT = jnp.full_like(token_BT, -1)
+    for place, mark in enumerate(MARKS):
+        mark_BT = jnp.where(token_BT == mark, place, mark_BT)
+    if spoken_BS is not None and token_BT.shape[1] == 1:
+        before_B1 = jax.lax.dynamic_slice_in_dim(spoken_BS, jnp.maximum(index - 1, 0), 1, axis=1)
+        spoken_BT = jnp.where(mark_BT >= 0, mark_BT, before_B1)
+    else:  # from position 0 on
+        last_BT = jax.lax.cummax(jnp.where(mark_BT >= 0, jnp.arange(token_BT.shape[1])[None], 0), axis=1)
+        spoken_BT = jnp.maximum(jnp.take_along_axis(mark_BT, last_BT, axis=1), 0)
+    if spoken_BS is not None:
+        spoken_BS = jax.lax.dynamic_update_slice_in_dim(spoken_BS, spoken_BT, index, axis=1)
+    return spoken_BT, spoken_BS
+
+
 class Transformer(nn.Module):
     cfg: config.Model
     vocab_size: int
@@ -65,6 +85,7 @@ class Transformer(nn.Module):
             self.user_EDV = self.param("user_EDV", nn.initializers.normal(D**-0.5), (self.cfg.user_heads, D, V))
         C = self.cfg.match_width
         self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
+        self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (len(MARKS), D)) if self.cfg.speakers else None
         self.norm = RMSNorm()
         self.drop = nn.Dropout(self.cfg.dropout)
         block = nn.remat(Block, prevent_cse=not self.cfg.scan_layers) if self.cfg.remat else Block
@@ -82,6 +103,10 @@ class Transformer(nn.Module):
     def read(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array, KVCache | None]:
         """Embeds the tokens that stand at index, index + 1, ... and runs the layers over them."""
         x_BTD = self.embed_VD.astype(self.dtype())[token_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
+        spoken_BS = None if cache is None else cache.spoken_BS
+        if self.cfg.speakers:
+            spoken_BT, spoken_BS = turn_marks(token_BT, spoken_BS, index)
+            x_BTD += self.speaker_VD.astype(self.dtype())[spoken_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         code_BTXC, codes = self.codes(token_BT, cache, index)
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
@@ -96,7 +121,7 @@ class Transformer(nn.Module):
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
         x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
-        return x_BTD, None if layers is None else KVCache(*layers, codes)
+        return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS)
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
@@ -149,10 +174,10 @@ def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
         dtype, X = jnp.dtype(cfg.dtype), cfg.match_taps
         C = cfg.match_width if X else 0
         shapes = [(B, K, S, H + C), (B, K, S, H + C), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
-        code_BSC = jnp.zeros((B, S + X - 1 if X else 0, C), dtype)
+        rest = jnp.zeros((B, S + X - 1 if X else 0, C), dtype), jnp.zeros((B, S if cfg.speakers else 0), jnp.int32)
         if cfg.scan_layers:
-            return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes), code_BSC)
-        return KVCache(*(tuple(jnp.zeros(s, dtype) for _ in range(cfg.layers)) for s in shapes), code_BSC)
+            return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes), *rest)
+        return KVCache(*(tuple(jnp.zeros(s, dtype) for _ in range(cfg.layers)) for s in shapes), *rest)
 
     def trunk(params, token_BT, dropout_key=None):
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
