@@ -377,7 +377,7 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("rows", "all", "all, quick, claims, or names of rows and numbers of groups", flag_values=own)
     flags.DEFINE_integer("seeds", None, "seeds 0, 1, ...: how many (5; quick: 1)", lower_bound=1, flag_values=own)
     flags.DEFINE_string("workdir", None, "where the runs and the table are put", flag_values=own)
-    flags.DEFINE_string("variant", "small", "the preset of every run", flag_values=own)
+    flags.DEFINE_string("variant", "default", "the preset of every run", flag_values=own)
     flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1, flag_values=own)
     flags.DEFINE_bool("list", False, "write the command lines instead of running them", flag_values=own)
     flags.DEFINE_bool("table_only", False, "write the table of the runs that are there", flag_values=own)
