@@ -18,7 +18,7 @@ USERS = {"user", "user_heads", "reward", "end", "real_reply", "imagined_reply"} 
 
 
 def roles_world(kind):
-    return world("chat", model__layers=1, model__roles=kind, model__adapter_width=5)
+    return world("chat", model__layers=1, model__roles=kind, model__adapter_width=5, model__speakers=True)
 
 
 def dialogues(w, seed=1):
@@ -53,7 +53,7 @@ def test_adapters_start_as_nothing():
 
 def test_two_networks_are_two_networks():
     w = roles_world("separate")
-    plain, token_BT = world("chat", model__layers=1).net, dialogues(w).token_BT
+    plain, token_BT = world("chat", model__layers=1, model__speakers=True).net, dialogues(w).token_BT
     role_BT = np.random.default_rng(0).choice([pr.ASSISTANT, pr.USER, pr.OUTCOME], (ROWS, T))
     heads = jax.jit(lambda p: w.net.heads(p, w.net.trunk(p, token_BT), role_BT))(w.params)
     policy, user = (jax.jit(plain.forward)(w.params[name], token_BT) for name in ("assistant", "user"))

@@ -22,7 +22,7 @@ THEIRS = world("negotiation", seed=2, model__layers=2, model__width=24, model__c
 def swapped(params):
     """A network that sees `<to_user>` as this one sees `<to_assistant>`."""
     assert OURS.cfg.model.tied  # the embedding is the output layer too
-    return params | {"embed_VD": params["embed_VD"][OURS.protocol.mirror_V]}
+    return params | {name: params[name][OURS.protocol.mirror_V] for name in ("embed_VD", "code_VC")}
 
 
 @functools.cache

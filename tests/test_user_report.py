@@ -6,7 +6,7 @@ import pytest
 from exact_user import ExactUser
 from fakes import one_device
 
-from mbrl_lm import discriminator, evaluation_report, judge, user_report, yardsticks
+from mbrl_lm import config, discriminator, evaluation_report, judge, user_report, yardsticks
 from mbrl_lm.data.records import Record, Turn
 from mbrl_lm.envs.concierge import TEST_UIDS, Concierge, Mixture, converse, logs, play
 from mbrl_lm.envs.learned_user import UserTurn
@@ -127,11 +127,13 @@ def test_an_imagined_dialogue_ends_as_a_real_one():
 
 
 def test_yardsticks_stand_in_order():
-    figures = yardsticks.with_true_user(0, TEST_UIDS[:400])
+    figures = yardsticks.with_true_user(config.Config(), TEST_UIDS[:400])
     low = {name: figures[f"scripted/{name}/return_low"] for name in yardsticks.ASSISTANTS}
     high = {name: figures[f"scripted/{name}/return_high"] for name in yardsticks.ASSISTANTS}
     for better, worse in (("oracle", "strong"), ("strong", "logs"), ("logs", "pleaser"), ("pleaser", "random")):
         assert low[better] > high[worse], "upper bound > strong > logs > greedy for the rating > random"
+    small = yardsticks.with_true_user(config.Config(places=(2, 3)), TEST_UIDS[:400])
+    assert small["scripted/logs/success"] > figures["scripted/logs/success_high"], "fewer places, better guesses"
 
 
 # ---- the discriminator ----

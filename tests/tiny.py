@@ -42,6 +42,7 @@ MODEL = {
     "dtype": "float32",
     "bins": 11,
     "user_heads": 2,
+    "speakers": False,
     "match_taps": 3,
     "match_width": 4,
     "bin_limit": 3.0,

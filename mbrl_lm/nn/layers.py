@@ -95,15 +95,14 @@ class Attention(nn.Module):
 
     with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word that was
     said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is learnt from
-    the first updates on. Three things are done with the codes that a head gets: a gate, which the stream sets, lets them add to
-    the logits, so that what was found can be said (as pointer networks copy, See et al. 2017); later layers ask with them, too;
-    and the stream is told how far they are what was asked with, which no weighted mean of values could tell it.
+    the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets, its code adds to
+    the logits (as pointer networks copy, See et al. 2017).
     """
 
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None, found: Any) -> tuple[Array, Any, Any]:
+    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any, Any]:
         (T, D), N, K = x_BTD.shape[1:], self.cfg.heads, self.cfg.kv_heads
         H, C = D // N, 0 if code_BTXC is None else code_BTXC.shape[-1]
         dtype = x_BTD.dtype
@@ -121,11 +120,9 @@ class Attention(nn.Module):
             asks_XN = self.param("asks_XN", nn.initializers.ones, (X, N))
             asked_XK = self.param("asked_XK", taps(follows_K, 2.0), (X, K))
             given_XK = self.param("given_XK", taps(~follows_K, 1.0), (X, K))
-            again_XN = self.param("again_XN", nn.initializers.ones, (1, N)).astype(dtype)
-            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype))
-            q_BTNC += jnp.einsum("BTC,XN->BTNC", found[1], again_XN)
+            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
             k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, tap.astype(dtype)) for tap in (asked_XK, given_XK))
-            q_BTNH = jnp.concatenate([q_BTNH, q_BTNC * H**0.5], axis=-1)  # `attend` divides by it
+            q_BTNH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1)
             k_BKTH, v_BKTH = jnp.concatenate([k_BKTH, k_BKTC], axis=-1), jnp.concatenate([v_BKTH, v_BKTC], axis=-1)
         if cache is not None:
             k_BKTH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BKTH, index, axis=2)
@@ -133,16 +130,12 @@ class Attention(nn.Module):
             cache = (k_BKTH, v_BKTH)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, -1)
         out_BTNH = attend(q_BTKGH, k_BKTH, v_BKTH, index, H**-0.5).reshape(*q_BTNH.shape[:3], H + C)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
+        found_BTC = None
         if C:
-            out_BTNC = out_BTNH[..., H:]
             gate_DN = self.param("gate_DN", fan_in(D), (D, N)).astype(dtype)
-            said_BTC = jnp.einsum("BTN,BTNC->BTC", jnp.einsum("BTD,DN->BTN", x_BTD, gate_DN), out_BTNC)
-            kept_XN = self.param("kept_XN", nn.initializers.ones, (1, N)).astype(dtype)
-            found = found[0] + said_BTC, found[1] + jnp.einsum("BTNC,XN->BTC", out_BTNC, kept_XN)
-            same_ND = self.param("same_ND", fan_in(N), (N, D)).astype(dtype)
-            out_BTD += jnp.einsum("BTN,ND->BTD", jnp.einsum("BTNC,BTNC->BTN", q_BTNC, out_BTNC), same_ND)
-        return out_BTD, found, cache
+            gate_BTN = jnp.einsum("BTD,DN->BTN", x_BTD, gate_DN)
+            found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD), found_BTC, cache
 
 
 class GatedMLP(nn.Module):
@@ -164,7 +157,7 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One layer: convolution and attention, then the MLP, each on a normalised input, added to the residual stream.
 
-    Beside it are summed the codes of what the attention found in the context: what is to be said, and all of it.
+    What the attention found in the context is summed over the layers beside it.
 
     Dropout is on exactly when a "dropout" key is given to `apply`.
     """
@@ -173,14 +166,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Any, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Any, Any]:
-        x_BTD, found = carry
+        x_BTD, found_BTC = carry
         k, v, inputs = (None, None, None) if cache is None else cache
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
         h_BTD = RMSNorm(name="norm_attention")(x_BTD)
         if self.cfg.conv_width > 1:
             h_BTD, inputs = CausalConv(self.cfg.conv_width, name="conv")(h_BTD, inputs, index)
         kv = None if cache is None else (k, v)
-        h_BTD, found, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC, found)
+        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC)
+        found_BTC = None if more_BTC is None else found_BTC + more_BTC
         x_BTD = x_BTD + drop(h_BTD)
         h_BTD = GatedMLP(self.cfg, name="mlp")(RMSNorm(name="norm_mlp")(x_BTD))
-        return (x_BTD + drop(h_BTD), found), None if cache is None else (*kv, inputs)
+        return (x_BTD + drop(h_BTD), found_BTC), None if cache is None else (*kv, inputs)

@@ -110,7 +110,8 @@ class Transformer(nn.Module):
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         code_BTXC, codes = self.codes(token_BT, cache, index)
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
-        carry = x_BTD, None if code_BTXC is None else (jnp.zeros_like(code_BTXC[:, :, 0]),) * 2
+        found_BTC = None if code_BTXC is None else jnp.zeros_like(code_BTXC[:, :, 0])
+        carry = x_BTD, found_BTC
         if self.cfg.scan_layers:
             carry, layers = self.blocks(carry, layers, index, code_BTXC)
         else:
@@ -119,8 +120,7 @@ class Transformer(nn.Module):
                 carry, layer = block(carry, None if layers is None else tuple(a[i] for a in layers), index, code_BTXC)
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
-        x_BTD, found = carry
-        x_BTD = jnp.concatenate([self.norm(x_BTD), *(found or ())[:1]], axis=-1)
+        x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
         return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS)
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
