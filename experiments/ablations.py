@@ -1,6 +1,7 @@
 """The ablation table: what each part of the method does, at the same number of real dialogues, over several seeds.
 
     python -m experiments.ablations --rows=all --seeds=5 --workdir=W
+    python -m experiments.ablations --rows=main --workdir=W             one seed of three rows, and a small table of them
     python -m experiments.ablations --rows=quick --workdir=W            one seed of the five rows that say most
     python -m experiments.ablations --rows=6,7,3_placebo --workdir=W    by number or name
     python -m experiments.ablations --rows=all --workdir=W --list       the command lines alone, for other machines
@@ -35,6 +36,7 @@ from mbrl_lm.config import Config, ConfigError
 
 SWEEP = pathlib.Path(__file__).parent.parent / "launch" / "sweep.py"
 DATA = "concierge"
+MAIN = ("full", "1b_model_free", "11_greedy")
 QUICK = ("full", "1b_model_free", "11_greedy", "8_none", "5_oracle")
 CLAIMS = (
     Claim("The model helps", "full", "true/success", "difference", "1b_model_free", 0.15),
@@ -270,7 +272,7 @@ def select(plan: Plan, which: str) -> list[str]:
     """
     claimed = {name for claim in CLAIMS for name in (claim.row, claim.against) if name}
     claimed |= {name for name, row in plan.rows.items() if row.group == GUARD_ROWS}
-    words = {"all": plan.rows, "quick": QUICK, "claims": claimed}
+    words = {"all": plan.rows, "main": MAIN, "quick": QUICK, "claims": claimed}
     chosen = set()
     for word in which.split(","):
         group = [row.name for row in plan.rows.values() if row.group.split()[0] == word]
@@ -278,7 +280,7 @@ def select(plan: Plan, which: str) -> list[str]:
         if not set(names) <= set(plan.rows):
             groups = ",".join(dict.fromkeys(row.group.split()[0] for row in plan.rows.values()))
             raise ConfigError(
-                f"--rows={word} is no row: use all, quick, claims, numbers of {groups}, or names as in the table"
+                f"--rows={word} is no row: use all, main, quick, claims, numbers of {groups}, or names as in the table"
             )
         chosen |= {plan.runs[name] for name in names}
     return [name for name in plan.rows if name in chosen]
@@ -357,6 +359,39 @@ def write_table(plan: Plan, workdir: pathlib.Path, before: ablation_runs.Records
     return workdir / "ablations.md"
 
 
+def small_table(plan: Plan, workdir: pathlib.Path) -> str:
+    """Who does how well with the true user, of the first seed: scripted assistants as a scale, and the rows of MAIN."""
+    from mbrl_lm import yardsticks  # imports jax, which nothing else here needs
+    from mbrl_lm.envs.concierge import TEST_UIDS
+
+    scripted = yardsticks.with_true_user(plan.full, TEST_UIDS[: plan.full.eval.final_dialogues])
+    start = workdir / (_start(plan.full, plan.rows["full"]) or "")
+
+    def judged(directory: pathlib.Path) -> Mapping[str, float]:
+        lines = [x for x in ablation_runs.read_lines(directory / "seed_0" / "metrics.jsonl") if "true/success" in x]
+        return lines[-1] if lines else {}
+
+    def of_script(name: str) -> Mapping[str, float]:
+        return {key.replace(f"scripted/{name}/", "true/"): x for key, x in scripted.items()}
+
+    shown = {
+        "logged assistants": of_script("logs"),
+        "behaviour cloning": judged(start),
+        **{says: judged(workdir / plan.runs[name]) for name, says in
+           (("11_greedy", "greedy"), ("1b_model_free", "model-free"), ("full", "full method"))},
+        "upper bound": of_script("oracle"),
+    }  # fmt: skip
+    head = f"with the true user, held-out types included: {'success':>21} {'return':>22}\n"
+    lines = [f"  {says:<43}{_figure(x, 'true/success')} {_figure(x, 'true/return')}\n" for says, x in shown.items()]
+    return head + "".join(lines)
+
+
+def _figure(figures: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return f"{'-':>22}"
+    return f"{figures[name]:6.3f} [{figures[name + '_low']:6.3f},{figures[name + '_high']:6.3f}]"
+
+
 def _read_csv(plan: Plan, path: str) -> ablation_runs.Records:
     try:
         records = ablation_runs.read_csv(pathlib.Path(path))
@@ -374,8 +409,8 @@ def _read_csv(plan: Plan, path: str) -> ablation_runs.Records:
 def make_flags() -> flags.FlagValues:
     """Flags of this program alone: those of one run are not meant here."""
     own = flags.FlagValues()
-    flags.DEFINE_string("rows", "all", "all, quick, claims, or names of rows and numbers of groups", flag_values=own)
-    flags.DEFINE_integer("seeds", None, "seeds 0, 1, ...: how many (5; quick: 1)", lower_bound=1, flag_values=own)
+    flags.DEFINE_string("rows", "all", "all, main, quick, claims, or names of rows and numbers of groups", flag_values=own)
+    flags.DEFINE_integer("seeds", None, "seeds 0, 1, ...: how many (5; main, quick: 1)", lower_bound=1, flag_values=own)
     flags.DEFINE_string("workdir", None, "where the runs and the table are put", flag_values=own)
     flags.DEFINE_string("variant", "default", "the preset of every run", flag_values=own)
     flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1, flag_values=own)
@@ -410,7 +445,7 @@ def _main(own: flags.FlagValues) -> int:
             raise ConfigError("--workdir=DIR is missing: it names the directory of the runs and their table")
         sys.stdout.write(ablation_table.markdown(table_lines(plan), before, CLAIMS))
         return 0
-    workdir, seeds = pathlib.Path(own.workdir), own.seeds or (1 if own.rows == "quick" else 5)
+    workdir, seeds = pathlib.Path(own.workdir), own.seeds or (1 if own.rows in ("main", "quick") else 5)
 
     def text(python: str) -> str:
         return "\n\n".join("\n".join(stage) for stage in command_lines(plan, names, seeds, workdir, python)) + "\n"
@@ -424,6 +459,8 @@ def _main(own: flags.FlagValues) -> int:
         commands = workdir / "commands.txt"
         commands.write_text(text(sys.executable), encoding="utf-8")
         status = sweep(commands, own.jobs)
+    if own.rows == "main":
+        sys.stdout.write(small_table(plan, workdir))
     sys.stdout.write(f"the table is {write_table(plan, workdir, before)}\n")
     return status
 

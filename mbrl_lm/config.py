@@ -116,7 +116,9 @@ class Imagine:
     share: tuple[float, float] = (0.5, 0.5)  # of the policy gradient, when RL begins and when it ends
     replies: int = 4  # user replies that are imagined before the bootstrap value
     candidates: int = 1  # K dialogues of each prompt
-    user: str = "live"  # who is imagined: the present model; frozen: as it was when RL began; population: past ones; oracle: the true
+    user: str = (
+        "live"  # who is imagined: the present model; frozen: as when RL began; population: past ones; oracle: the true
+    )
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
     temperature: float = 1.0
@@ -177,8 +179,10 @@ class Config:
     val_logs: int = 500  # held out of them
     places: tuple[int, int] = (4, 8)  # the fewest and the most of the embedded environment's catalogues
     noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
-    signal: str = "return"  # of the embedded environment, to learn from; rating: what a user would give each single reply; outcome: all at the end
-    control: str = ""  # negative controls: user_gradient, the policy gradient on imagined user turns; predictability, as a reward
+    signal: str = (
+        "return"  # of the embedded environment, to learn from; rating: of each single reply; outcome: all at the end
+    )
+    control: str = ""  # negative controls: user_gradient, on user turns, too; predictability, as a reward
     start: str = ""  # the directory of a run by whose likelihood phase this one begins
     tokens: int = 192  # T, of a dialogue
     widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
@@ -385,20 +389,35 @@ def check(cfg: Config) -> None:
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
         (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
         (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
-        (train.renamed and not (online or negotiation), f"train.renamed needs names to change, {cfg.data} has none: set it to 0"),
+        (
+            train.renamed and not (online or negotiation),
+            f"{cfg.data} has no names to change: set train.renamed to 0",
+        ),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
-        (imagine.batch % (train.rl_batch or train.batch), "imagine.batch must be a multiple of train.rl_batch: prompts come from it"),
+        (
+            imagine.batch % (train.rl_batch or train.batch),
+            "imagine.batch must be a multiple of train.rl_batch, its prompts",
+        ),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
-        (imagine.user not in ("live", "frozen", "population", "oracle"), "imagine.user is live, frozen, population or oracle"),
-        (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: take another imagine.user"),
+        (
+            imagine.user not in ("live", "frozen", "population", "oracle"),
+            "imagine.user: live, frozen, population or oracle",
+        ),
+        (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: change imagine.user"),
         (not all(0 <= x <= 1 for x in imagine.share), "imagine.share is FIRST,LAST, each between 0 and 1"),
         (len(imagine.share) != 2, "imagine.share is FIRST,LAST, each between 0 and 1"),
         (cfg.control not in ("", "user_gradient", "predictability"), "control is user_gradient or predictability, or empty"),
-        (doubts and not model.user_heads, "guard.penalty and guard.truncation ask an ensemble: set model.user_heads, as to 5"),
-        (cfg.start and not train.supervised_steps, "start takes over a likelihood phase: set train.supervised_steps above 0"),
+        (
+            doubts and not model.user_heads,
+            "guard.penalty and guard.truncation ask an ensemble: set model.user_heads to 5",
+        ),
+        (
+            cfg.start and not train.supervised_steps,
+            "start takes a likelihood phase over: set train.supervised_steps",
+        ),
         (cfg.guard.discriminator >= 1, "guard.discriminator is a probability below 1"),
         (cfg.guard.anchors and not cfg.collect.every, "guard.anchors needs real dialogues: set collect.every"),
         (min(imagine.population, imagine.refresh) < 1, "imagine.population and imagine.refresh must be at least 1"),

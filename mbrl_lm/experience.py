@@ -1,4 +1,4 @@
-"""Real dialogues while learning by return: recorded ones, and new ones with the environment's true user, each one counted."""
+"""Real dialogues while learning by return: recorded ones, and new ones with the true user, every one counted."""
 
 import jax
 import jax.numpy as jnp

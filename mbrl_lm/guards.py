@@ -53,7 +53,7 @@ def before_first(stop_BU: Array) -> Array:
 
 
 def anchors(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The quantiles of imagined returns and, below them, of real returns of the same openings: (2, W) knots of a monotone map.
+    """The quantiles of imagined returns and of the real ones of the same openings: (2, W), knots of a monotone map.
 
     A map between distributions, not a regression of one on the other: that would shrink to the mean, since single dialogues
     of one opening have little to do with each other.

@@ -63,7 +63,11 @@ def _chunk_scores(net: Net, protocol: pr.Protocol, params, reference, temperatur
     p_BTV = jnp.exp(logp_BTV)
     entropy_BT = -jnp.sum(jnp.where(p_BTV > 0, p_BTV * logp_BTV, 0.0), axis=-1)
     out = {"nll_BT": nll_BT, "logp_BT": jnp.where(allowed_BT, taken(logp_BTV), 0.0), "entropy_BT": entropy_BT}
-    out |= {"user_heads_nll_BTE": -_log_prob(heads.user_BTEV, target_BT[..., None]), "allowed_BT": allowed_BT, "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1))}
+    out |= {
+        "user_heads_nll_BTE": -_log_prob(heads.user_BTEV, target_BT[..., None]),
+        "allowed_BT": allowed_BT,
+        "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1)),
+    }
     if reference is None:
         return out | {"kl_BT": jnp.zeros_like(nll_BT), "reference_logp_BT": jnp.zeros_like(nll_BT)}
     reference_BTV = net.heads(reference, reference_trunk_BTD, author_BT).logits_BTV

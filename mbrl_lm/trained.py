@@ -12,10 +12,10 @@ from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.replay import Replay
 from mbrl_lm.types import TrainState
 
-
 # What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
-LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "train.rl_steps",
-         "train.rl_epochs", "train.micro_batch", "checkpoint", "control", "cpu_devices", "log_every", "model.remat", "start")  # fmt: skip
+LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "control",
+         "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.micro_batch", "checkpoint", "cpu_devices",
+         "log_every", "model.remat")  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -58,7 +58,9 @@ def take_over(cfg: Config, net: nn.Net, mesh: jax.sharding.Mesh, fresh: TrainSta
         if own[name] != other[name] and not name.startswith(LATER):
             raise ConfigError(f"--config.start={cfg.start} has {name}={other[name]}, this run {own[name]}: make them agree")
     if cfg.train.supervised_steps not in saved_steps(directory / "checkpoints"):
-        raise ConfigError(f"--config.start={cfg.start} holds no checkpoint of update {cfg.train.supervised_steps}: finish it")
+        raise ConfigError(
+            f"--config.start={cfg.start} holds no checkpoint of update {cfg.train.supervised_steps}: finish it"
+        )
     _, started, meta = _restore(theirs, net, mesh, directory / "checkpoints", cfg.train.supervised_steps)
     return fresh.replace(step=started.step, params=started.params, opt_state=started.opt_state), meta["wall_s"]
 

@@ -147,9 +147,7 @@ def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_th
     fit = functools.partial(judge.fit_partner, cfg, make_net(cfg.partner.model, V), corpus, one_device())
     first, resumed, again = fit(tmp_path / "a"), fit(tmp_path / "a"), fit(tmp_path / "b")
     assert len(fed) == 2 * cfg.partner.steps and all(x is corpus.others for x in fed)
-    start = learner.init_state(
-        make_net(cfg.partner.model, V), make_optimizer(cfg.train), jax.random.key(cfg.seed)
-    ).params
+    start = learner.init_state(make_net(cfg.partner.model, V), make_optimizer(cfg.train), jax.random.key(cfg.seed)).params
     for a, b, c, untrained in zip(*map(jax.tree.leaves, (first, resumed, again, start)), strict=True):
         assert (a == b).all() and (a == c).all() and a.shape == untrained.shape
     assert any((a != untrained).any() for a, untrained in zip(jax.tree.leaves(first), jax.tree.leaves(start), strict=True))

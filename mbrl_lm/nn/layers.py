@@ -75,7 +75,7 @@ class CausalConv(nn.Module):
 
 
 def taps(near_K: Array, size: float) -> nn.initializers.Initializer:
-    """(X, K): a head at first takes the NEAR tokens before the own one, all alike, or else that one; and a little of the others."""
+    """(X, K): a head at first takes the NEAR tokens before the own one, or else that one, and a little of the others."""
 
     def init(key, shape, dtype=jnp.float32):
         before_X1 = jnp.arange(shape[0])[::-1, None]
@@ -93,10 +93,10 @@ class Attention(nn.Module):
 
         score + sum_ij a_i b_j [token t - i = token s - j],     value, sum_j c_j (token s - j)
 
-    with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word that was
-    said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is learnt from
-    the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets, its code adds to
-    the logits (as pointer networks copy, See et al. 2017).
+    with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word that
+    was said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is
+    learnt from the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets,
+    its code adds to the logits (as pointer networks copy, See et al. 2017).
     """
 
     cfg: config.Model

@@ -12,7 +12,6 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.nn.layers import Block, RMSNorm
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
-
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
 
 
@@ -85,7 +84,8 @@ class Transformer(nn.Module):
             self.user_EDV = self.param("user_EDV", nn.initializers.normal(D**-0.5), (self.cfg.user_heads, D, V))
         C = self.cfg.match_width
         self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
-        self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (len(MARKS), D)) if self.cfg.speakers else None
+        if self.cfg.speakers:
+            self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (len(MARKS), D))
         self.norm = RMSNorm()
         self.drop = nn.Dropout(self.cfg.dropout)
         block = nn.remat(Block, prevent_cse=not self.cfg.scan_layers) if self.cfg.remat else Block

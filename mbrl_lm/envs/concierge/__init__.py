@@ -15,6 +15,6 @@ from mbrl_lm.envs.concierge.user import HELD_OUT_TYPES, TRAIN_TYPES
 from mbrl_lm.envs.concierge.words import vocabulary
 
 __all__ = [
-    "HELD_OUT_TYPES", "LOG_UIDS", "ORACLE_UIDS", "TEST_UIDS", "TRAIN_TYPES", "TRAIN_UIDS", "TURN_LIMIT", "Concierge", "Mixture", "Oracle",
-    "Pleaser", "Random", "Reply", "Strong", "converse", "logs", "mean_interval", "play", "vocabulary",
+    "HELD_OUT_TYPES", "LOG_UIDS", "ORACLE_UIDS", "TEST_UIDS", "TRAIN_TYPES", "TRAIN_UIDS", "TURN_LIMIT", "Concierge",
+    "Mixture", "Oracle", "Pleaser", "Random", "Reply", "Strong", "converse", "logs", "mean_interval", "play", "vocabulary",
 ]  # fmt: skip

@@ -52,9 +52,7 @@ def play(assistant, env: Concierge, seed: int = 0) -> list[dict]:
     return [env.outcome(i) for i in range(len(env.rows))]
 
 
-def logs(
-    seed: int, n: int, noise: float = 0.0, signal: str = "return", places: tuple[int, int] = PLACES
-) -> Iterator[dict]:
+def logs(seed: int, n: int, noise: float = 0.0, signal: str = "return", places: tuple[int, int] = PLACES) -> Iterator[dict]:
     """`n` chat_jsonl records of the behaviour mixture with users of the training types, over the first `n` of LOG_UIDS.
 
     A record depends on (seed, its uid, noise, signal, places) only, so that more logs begin with the same ones.

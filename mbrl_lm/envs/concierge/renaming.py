@@ -1,7 +1,7 @@
-"""What the world does not tell apart: a dialogue under other names of its places, codes and values is as likely a dialogue.
+"""What the world does not tell apart: a dialogue under other names of its places, codes and values is as likely.
 
-Names, codes, kinds and areas may be exchanged among themselves, cheap with dear and quiet with lively (their synonyms go with
-them), and the places of a catalogue may stand in any order.
+Names, codes, kinds and areas may be exchanged among themselves, cheap with dear and quiet with lively (their synonyms go
+with them), and the places of a catalogue may stand in any order.
 """
 
 import dataclasses
