@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sets up and runs the main job on this machine, on the embedded environment by default:
+# Sets up, and runs the main job on this machine:
 #   bash launch/local.sh
+#       on the embedded environment, beside the rows that it is compared with; ends with a small table. In runs/concierge.
 #   bash launch/local.sh -- --config.data=deal_or_no_deal --config.data_dir=DIR
-# Everything after -- goes on to experiments/dream.py. The run directory is runs/dream, with the data and the variant added to its
-# name where they are given, unless --workdir=DIR says otherwise. The same command resumes an interrupted run.
+#       everything after -- goes on to experiments/dream.py. The run directory is runs/dream, with the data and the variant added
+#       to its name where they are given, unless --workdir=DIR says otherwise.
+# The same command resumes an interrupted run.
 set -euo pipefail
 
 if [[ $# -gt 0 ]]; then
@@ -22,5 +24,10 @@ for flag in "$@"; do
 done
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [[ $# -gt 0 ]]; then
+  job=(experiments.dream --workdir="$ROOT/runs/$name" "$@")
+else
+  job=(experiments.ablations --rows=main --workdir="$ROOT/runs/concierge")
+fi
 # -P: a folder named `experiments` where the command was given is not meant
-PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -P -m experiments.dream --workdir="$ROOT/runs/$name" "$@"
+PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -P -m "${job[@]}"

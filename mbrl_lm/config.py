@@ -391,7 +391,7 @@ def check(cfg: Config) -> None:
         (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
         (
             train.renamed and not (online or negotiation),
-            f"{cfg.data} has no names to change: set train.renamed to 0",
+            f"train.renamed needs names to change, and {cfg.data} has none: set it to 0",
         ),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
@@ -404,7 +404,7 @@ def check(cfg: Config) -> None:
         (imagine.replies < 0, "imagine.replies cannot be negative"),
         (
             imagine.user not in ("live", "frozen", "population", "oracle"),
-            "imagine.user: live, frozen, population or oracle",
+            "imagine.user is live, frozen, population or oracle",
         ),
         (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: change imagine.user"),
         (not all(0 <= x <= 1 for x in imagine.share), "imagine.share is FIRST,LAST, each between 0 and 1"),

@@ -93,8 +93,8 @@ class Attention(nn.Module):
 
         score + sum_ij a_i b_j [token t - i = token s - j],     value, sum_j c_j (token s - j)
 
-    with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word that
-    was said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is
+    with codes in the tokens' place that are all but orthogonal. At first one half of the heads finds what follows a word
+    that was said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is
     learnt from the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets,
     its code adds to the logits (as pointer networks copy, See et al. 2017).
     """
