@@ -93,6 +93,24 @@ def test_other_numbers_of_updates_collect_as_many_dialogues(rl, every, updates, 
     assert ablations.paced(cfg, updates) == expected
 
 
+def test_the_small_table_names_everybody_and_leaves_gaps_for_what_is_not_there(tmp_path, monkeypatch):
+    plan = ablations.make_plan("default")
+    monkeypatch.setattr(plan.full.eval, "final_dialogues", 8)
+    line = {
+        "step": 9,
+        **{f"true/{n}{end}": x for n in ("success", "return") for end, x in (("", 0.5), ("_low", 0.4), ("_high", 0.6))},
+    }
+    for name in (ablations._start(plan.full, plan.rows["full"]), "full"):
+        (tmp_path / name / "seed_0").mkdir(parents=True)
+        (tmp_path / name / "seed_0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    rows = ablations.small_table(plan, tmp_path).splitlines()[1:]
+    names = ["logged assistants", "behaviour cloning", "greedy", "model-free", "full method", "upper bound"]
+    assert [row[2:45].strip() for row in rows] == names
+    assert rows[1].split(maxsplit=2)[2] == rows[4].split(maxsplit=2)[2] == "0.500 [ 0.400, 0.600]  0.500 [ 0.400, 0.600]"
+    assert rows[2].split()[1:] == rows[3].split()[1:] == ["-", "-"]
+    assert float(rows[5].split()[2]) > 0.5 > 0  # the oracle's success
+
+
 def test_groups_and_names_are_selected_in_the_order_of_the_table(plan):
     assert ablations.select(plan, "6,5_none,1b_model_free") == [
         "full", "1b_model_free", "2_nll_1", "6_horizon_0", "6_horizon_1", "6_horizon_2", "6_horizon_end",
@@ -101,7 +119,7 @@ def test_groups_and_names_are_selected_in_the_order_of_the_table(plan):
     assert ablations.select(plan, "all") == [name for name, runs in plan.runs.items() if name == runs]
     claimed = ablations.select(plan, "claims")
     assert set(ablations.select(plan, "quick")) <= set(claimed) and "8_all" in claimed and "9_adapter" not in claimed
-    with pytest.raises(config.ConfigError, match="--rows=13 is no row: use all, quick, claims"):
+    with pytest.raises(config.ConfigError, match="--rows=13 is no row: use all, main, quick, claims"):
         ablations.select(plan, "6,13")
 
 
