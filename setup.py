@@ -18,6 +18,7 @@ setup(
         "optax",
         "orbax-checkpoint",
         "rich",  # the progress line
+        "scipy",  # Student's t of the ablation table
         "sentencepiece",
         "tensorboardX",  # event files without TensorFlow
         "tensorflow-datasets",
