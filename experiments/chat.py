@@ -207,7 +207,7 @@ def main(run: app.Run):
     speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params)
     path = run.workdir / "conversations" / "train.jsonl"
     sys.stdin.reconfigure(errors="replace")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal is Ctrl-C, too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a closed terminal is Ctrl-C, too
         signal.signal(number, signal.default_int_handler)
     app.say(f"this is update {model.step} of {run.workdir}; /help lists the commands. The first answer takes some seconds.")
     Session(speaker, contexts(cfg, model.corpus), jax.random.key(cfg.seed), path, sys.stdin, app.say).run()
