@@ -80,7 +80,7 @@ def remember(state: TrainState, place: Array) -> TrainState:
 
 def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
     """Whose parameters speak for the user in imagination: None for the policy's own, a member drawn from the population."""
-    if cfg.user in ("live", "oracle"):
+    if cfg.user == "live":
         return None
     if cfg.user == "frozen":
         return state.reference
