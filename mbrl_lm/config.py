@@ -32,7 +32,9 @@ class Model:
     speakers: bool = False  # every token is told whose turn it stands in
     match_taps: int = 0  # tokens that each head compares with those before any other token: for looking things up
     match_width: int = 24  # of the codes that tell tokens apart
+    tracked: bool = False  # what the user has said of what the context holds stays in view; asks match_taps
     dropout: float = 0.0
+    word_dropout: float = 0.0  # of whole embeddings
     tied: bool = False  # the embedding is also the output layer
     scan_layers: bool = False  # one compiled layer scanned over; unrolled is faster on a CPU
     remat: bool = False  # recompute activations in the backward pass
@@ -286,7 +288,9 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; four minutes on one core
     "model.kv_heads": 4,
     "model.speakers": True,
     "model.match_taps": 8,
+    "model.tracked": True,
     "model.dropout": 0.15,
+    "model.word_dropout": 0.25,
     "loss.kl": 0.03,
     "loss.end": 0.5,
     "train.renamed": 1.0,
@@ -313,6 +317,7 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
     "model.width": 128,
     "model.mlp_width": 256,
     "model.dropout": 0.0,
+    "model.word_dropout": 0.0,
     "train.renamed": 0.0,
     "train.supervised_steps": 1500,
     "train.rl_steps": 300,
@@ -382,6 +387,8 @@ def check(cfg: Config) -> None:
         (model.bins % 2 == 0, "model.bins must be odd: one bin stands at 0"),
         (model.conv_width < 1, "model.conv_width must be at least 1, which is none"),
         (not 0 <= model.dropout < 1, "model.dropout is a probability below 1"),
+        (not 0 <= model.word_dropout < 1, "model.word_dropout is a probability below 1"),
+        (model.tracked and not model.match_taps, "model.tracked compares tokens: set model.match_taps above 0"),
         (model.dtype not in ("float32", "bfloat16"), "model.dtype must be float32 or bfloat16"),
         (train.optimizer not in ("muon", "adamw"), "train.optimizer must be muon or adamw"),
         (min(train.supervised_steps, train.rl_steps) < 0, "numbers of steps cannot be negative"),

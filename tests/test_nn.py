@@ -9,13 +9,20 @@ from tiny import config_of, largest_difference, noisy, world
 from mbrl_lm.nn import make_net
 
 SHAPES = [
-    {"model__scan_layers": False, "model__conv_width": 3, "model__kv_heads": 2, "model__tied": True},
+    {
+        "model__scan_layers": False,
+        "model__conv_width": 3,
+        "model__kv_heads": 2,
+        "model__tied": True,
+        "model__tracked": True,
+    },
     {
         "model__scan_layers": True,
         "model__conv_width": 3,
         "model__kv_heads": 1,
         "model__tied": False,
         "model__speakers": True,
+        "model__tracked": True,
     },
     {"model__scan_layers": False, "model__conv_width": 1, "model__kv_heads": 4, "model__tied": False},
     {"model__scan_layers": True, "model__conv_width": 1, "model__kv_heads": 2, "model__tied": True, "model__match_taps": 0},

@@ -10,6 +10,7 @@ from mbrl_lm import config
 from mbrl_lm.types import Array
 
 NEAR = 4  # tokens, of what belongs to a word that is looked up
+AGREES = 3.0  # how loud it is at first that an assistant says what the user said; embeddings have unit scale
 
 
 def fan_in(size: int, layers: int = 0) -> nn.initializers.Initializer:
@@ -74,12 +75,12 @@ class CausalConv(nn.Module):
         return x_BTD + sum(taps), cache_BSD
 
 
-def taps(near_K: Array, size: float) -> nn.initializers.Initializer:
-    """(X, K): a head at first takes the NEAR tokens before the own one, or else that one, and a little of the others."""
+def taps(first_K: list[range], size: float) -> nn.initializers.Initializer:
+    """(X, K): a head at first takes the tokens that stand so far before the own one, and a little of the others."""
 
     def init(key, shape, dtype=jnp.float32):
-        before_X1 = jnp.arange(shape[0])[::-1, None]
-        first_XK = jnp.where(near_K[None], (before_X1 > 0) & (before_X1 <= NEAR), before_X1 == 0)
+        before_X = range(shape[0])[::-1]
+        first_XK = jnp.array([[before in first for first in first_K] for before in before_X])
         return size * first_XK.astype(dtype) + 0.1 * jax.random.normal(key, shape, dtype)
 
     return init
@@ -97,12 +98,17 @@ class Attention(nn.Module):
     that was said lately, wherever else it stands, the other half what stands before it; so looking things up in a context is
     learnt from the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets,
     its code adds to the logits (as pointer networks copy, See et al. 2017).
+
+    Where the user is tracked, the last head at first asks for all that the user has said, and so finds what fits it most;
+    how well what each head found fits is told to the stream, beside how much there is to fit.
     """
 
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Array, Any, Any]:
+    def __call__(
+        self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None, said_BTNC: Array | None
+    ) -> tuple[Array, Any, Any]:
         (T, D), N, K = x_BTD.shape[1:], self.cfg.heads, self.cfg.kv_heads
         H, C = D // N, 0 if code_BTXC is None else code_BTXC.shape[-1]
         dtype = x_BTD.dtype
@@ -116,11 +122,19 @@ class Attention(nn.Module):
         k_BKTH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), position_T).swapaxes(1, 2)
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
         if C:
-            X, follows_K = code_BTXC.shape[2], jnp.arange(K) < (K + 1) // 2
-            asks_XN = self.param("asks_XN", nn.initializers.ones, (X, N))
-            asked_XK = self.param("asked_XK", taps(follows_K, 2.0), (X, K))
-            given_XK = self.param("given_XK", taps(~follows_K, 1.0), (X, K))
-            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype)) * H**0.5  # `attend` divides by it
+            X, follow = code_BTXC.shape[2], (K + 1) // 2
+            own, near, tracks_N = range(1), range(1, NEAR + 1), (jnp.arange(N) == N - 1) & (said_BTNC is not None)
+            asked_K, given_K = [near] * follow + [own] * (K - follow), [own] * follow + [near] * (K - follow)
+            if said_BTNC is not None:
+                asked_K[-1] = range(NEAR)
+            asks_XN = self.param("asks_XN", lambda _, shape: jnp.where(tracks_N[None], jnp.zeros(shape), 1.0), (X, N))
+            asked_XK = self.param("asked_XK", taps(asked_K, 2.0), (X, K))
+            given_XK = self.param("given_XK", taps(given_K, 1.0), (X, K))
+            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype))
+            if said_BTNC is not None:
+                tracks_N = self.param("tracks_N", lambda *_: tracks_N.astype(jnp.float32))
+                q_BTNC += said_BTNC * tracks_N.astype(dtype)[None, None, :, None]
+            q_BTNC *= H**0.5  # `attend` divides by it
             k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, tap.astype(dtype)) for tap in (asked_XK, given_XK))
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1)
             k_BKTH, v_BKTH = jnp.concatenate([k_BKTH, k_BKTC], axis=-1), jnp.concatenate([v_BKTH, v_BKTC], axis=-1)
@@ -135,7 +149,59 @@ class Attention(nn.Module):
             gate_DN = self.param("gate_DN", fan_in(D), (D, N)).astype(dtype)
             gate_BTN = jnp.einsum("BTD,DN->BTN", x_BTD, gate_DN)
             found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD), found_BTC, cache
+        x_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
+        if said_BTNC is not None:
+            for name, other_BTNC in (("fit_ND", 2 * out_BTNH[..., H:]), ("size_ND", said_BTNC)):
+                much_BTN = jnp.sum(other_BTNC * said_BTNC, axis=-1)
+                x_BTD += jnp.einsum("BTN,ND->BTD", much_BTN, self.param(name, fan_in(2 * N), (N, D)).astype(dtype))
+        return x_BTD, found_BTC, cache
+
+
+class Tracker(nn.Module):
+    """What the user has said of what the context holds, and how far the assistant's latest turn agrees with it.
+
+    Both are running sums of the codes of words, one for each head, with gates g that read a word and those before it:
+
+        said_n(t) = sum_s g_n(s) code(s)    over what the user has said until t
+        told_n(t) = the same                over what the assistant has said in its latest turn
+
+    The state that dialogue systems track (Henderson et al. 2014), but nothing names what is in it. <said_n, told_n>, on a
+    logarithmic scale, is added to the stream.
+    """
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, code_BTXC: Array, user_BT: Array, assistant_BT: Array, begins_BT: Array, sums: Any) -> Any:
+        """Reads on.
+
+        Args:
+          code_BTXC: of each token and those before it.
+          user_BT, assistant_BT: bool, words that count, by who says them.
+          begins_BT: bool, where a turn of the assistant begins.
+          sums: said and told before the first token, (B, N, C) each.
+
+        Returns:
+          What is added to the stream, (B, T, D), and the two sums after each token, (B, T, N, C).
+        """
+        (X, C), N, D = code_BTXC.shape[2:], self.cfg.heads, self.cfg.width
+        dtype = code_BTXC.dtype
+
+        def summed(name, counts_BT, before_BNC):
+            gate_XCN = self.param(name, fan_in(4 * X * C), (X, C, N)).astype(dtype)
+            gate_BTN = 1 + jnp.einsum("BTXC,XCN->BTN", code_BTXC, gate_XCN)
+            gate_BTN = jnp.where(counts_BT[..., None], gate_BTN, 0)
+            return before_BNC[:, None] + jnp.cumsum(jnp.einsum("BTN,BTC->BTNC", gate_BTN, code_BTXC[:, :, -1]), axis=1)
+
+        said_BTNC = summed("said_XCN", user_BT, sums[0])
+        told_BTNC = summed("told_XCN", assistant_BT, sums[1])
+        begun_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(begins_BT.shape[1])[None], -1), axis=1)
+        before_BTNC = jnp.take_along_axis(told_BTNC, jnp.maximum(begun_BT, 0)[..., None, None], axis=1)
+        told_BTNC -= jnp.where(begun_BT[..., None, None] >= 0, before_BTNC, 0)
+        agree_BTN = jnp.sum(said_BTNC * told_BTNC, axis=-1)
+        agree_ND = self.param("agree_ND", nn.initializers.normal(AGREES * N**-0.5), (N, D)).astype(dtype)
+        agree_BTN = jnp.sign(agree_BTN) * jnp.log1p(jnp.abs(agree_BTN))
+        return jnp.einsum("BTN,ND->BTD", agree_BTN, agree_ND), said_BTNC, told_BTNC
 
 
 class GatedMLP(nn.Module):
@@ -165,7 +231,9 @@ class Block(nn.Module):
     cfg: config.Model
 
     @nn.compact
-    def __call__(self, carry: Any, cache: Any, index: Array | int, code_BTXC: Array | None) -> tuple[Any, Any]:
+    def __call__(
+        self, carry: Any, cache: Any, index: Array | int, code_BTXC: Array | None, said_BTNC: Array | None
+    ) -> tuple[Any, Any]:
         x_BTD, found_BTC = carry
         k, v, inputs = (None, None, None) if cache is None else cache
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
@@ -173,7 +241,7 @@ class Block(nn.Module):
         if self.cfg.conv_width > 1:
             h_BTD, inputs = CausalConv(self.cfg.conv_width, name="conv")(h_BTD, inputs, index)
         kv = None if cache is None else (k, v)
-        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC)
+        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC, said_BTNC)
         found_BTC = None if more_BTC is None else found_BTC + more_BTC
         x_BTD = x_BTD + drop(h_BTD)
         h_BTD = GatedMLP(self.cfg, name="mlp")(RMSNorm(name="norm_mlp")(x_BTD))

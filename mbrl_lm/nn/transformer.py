@@ -1,7 +1,7 @@
 """The decoder-only transformer and its heads, as one tuple of pure functions: `Net`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.nn.layers import Block, RMSNorm
+from mbrl_lm.nn.layers import Block, RMSNorm, Tracker
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
@@ -42,6 +42,11 @@ class Net(NamedTuple):
         x_BTD, cache = self.step(params, token_B, index, cache)
         heads = self.heads(params, x_BTD, None if role_B is None else role_B[:, None])
         return jax.tree.map(lambda a: a[:, 0], heads), cache
+
+
+def is_mark(token: Array) -> Array:
+    """bool, of any shape."""
+    return jnp.any(jnp.stack([token == mark for mark in MARKS]), axis=0)
 
 
 def turn_marks(token_BT: Array, spoken_BS: Array | None, index: Array | int) -> tuple[Array, Array | None]:
@@ -86,6 +91,7 @@ class Transformer(nn.Module):
         self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
         if self.cfg.speakers:
             self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (len(MARKS), D))
+        self.tracker = Tracker(self.cfg) if self.cfg.tracked else None
         self.norm = RMSNorm()
         self.drop = nn.Dropout(self.cfg.dropout)
         block = nn.remat(Block, prevent_cse=not self.cfg.scan_layers) if self.cfg.remat else Block
@@ -94,7 +100,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.cfg.layers,
             )(self.cfg)
         else:
@@ -103,25 +109,54 @@ class Transformer(nn.Module):
     def read(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array, KVCache | None]:
         """Embeds the tokens that stand at index, index + 1, ... and runs the layers over them."""
         x_BTD = self.embed_VD.astype(self.dtype())[token_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
-        spoken_BS = None if cache is None else cache.spoken_BS
-        if self.cfg.speakers:
+        if self.cfg.word_dropout and self.has_rng("dropout"):
+            kept_BT = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.cfg.word_dropout, token_BT.shape)
+            x_BTD = jnp.where((kept_BT | (token_BT < pr.NUMBER))[..., None], x_BTD, 0)
+        spoken_BT, spoken_BS = None, None if cache is None else cache.spoken_BS
+        if self.cfg.speakers or self.cfg.tracked:
             spoken_BT, spoken_BS = turn_marks(token_BT, spoken_BS, index)
+        if self.cfg.speakers:
             x_BTD += self.speaker_VD.astype(self.dtype())[spoken_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
-        x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         code_BTXC, codes = self.codes(token_BT, cache, index)
+        agree_BTD, said_BTNC, sums = self.track(token_BT, spoken_BT, spoken_BS, code_BTXC, cache, index)
+        x_BTD = self.drop(x_BTD + agree_BTD, deterministic=not self.has_rng("dropout"))
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
         found_BTC = None if code_BTXC is None else jnp.zeros_like(code_BTXC[:, :, 0])
         carry = x_BTD, found_BTC
         if self.cfg.scan_layers:
-            carry, layers = self.blocks(carry, layers, index, code_BTXC)
+            carry, layers = self.blocks(carry, layers, index, code_BTXC, said_BTNC)
         else:
             after = []
             for i, block in enumerate(self.blocks):
-                carry, layer = block(carry, None if layers is None else tuple(a[i] for a in layers), index, code_BTXC)
+                layer = None if layers is None else tuple(a[i] for a in layers)
+                carry, layer = block(carry, layer, index, code_BTXC, said_BTNC)
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
         x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
-        return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS)
+        return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS, *sums)
+
+    def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, cache: KVCache | None, index) -> tuple[Any, Any, Any]:
+        """What `Tracker` adds to the stream, what the user has said, and the cache of tokens and sums after these."""
+        kept = () if cache is None else (cache.token_BS, cache.said_BSNC, cache.told_BSNC)
+        if not self.cfg.tracked:
+            return 0, None, kept
+        T, (N, C) = token_BT.shape[1], (self.cfg.heads, self.cfg.match_width)
+        token_BS, sums = token_BT, [jnp.zeros((len(token_BT), N, C), self.dtype())] * 2
+        if cache is None:
+            spoken_BS = spoken_BT
+        else:
+            token_BS = jax.lax.dynamic_update_slice_in_dim(cache.token_BS, token_BT, index, axis=1)
+            sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept[1:]]
+        seen_TS = jnp.arange(token_BS.shape[1])[None] < index + jnp.arange(T)[:, None]
+        held_BS = (spoken_BS == MARKS.index(pr.BOS)) & ~is_mark(token_BS)
+        same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held_BS[:, None] & seen_TS[None]
+        word_BT = jnp.any(same_BTS, axis=-1)
+        user_BT, assistant_BT = (word_BT & (spoken_BT == MARKS.index(mark)) for mark in (pr.TO_USER, pr.TO_ASSISTANT))
+        agree_BTD, *after = self.tracker(code_BTXC, user_BT, assistant_BT, token_BT == pr.TO_ASSISTANT, sums)
+        if cache is not None:  # a sum stands behind its token's place: the first one is that of nothing
+            put = jax.lax.dynamic_update_slice_in_dim
+            kept = (token_BS, *(put(old, new, index + 1, axis=1) for old, new in zip(kept[1:], after, strict=True)))
+        return agree_BTD, after[0], kept
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
@@ -174,7 +209,13 @@ def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
         dtype, X = jnp.dtype(cfg.dtype), cfg.match_taps
         C = cfg.match_width if X else 0
         shapes = [(B, K, S, H + C), (B, K, S, H + C), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
-        rest = jnp.zeros((B, S + X - 1 if X else 0, C), dtype), jnp.zeros((B, S if cfg.speakers else 0), jnp.int32)
+        marks, words = S if cfg.speakers or cfg.tracked else 0, S if cfg.tracked else 0
+        sums = (B, words + 1 if words else 0, cfg.heads, C)
+        rest = (
+            jnp.zeros((B, S + X - 1 if X else 0, C), dtype),
+            *(jnp.zeros((B, kept), jnp.int32) for kept in (marks, words)),
+            *(jnp.zeros(sums, dtype) for _ in range(2)),
+        )
         if cfg.scan_layers:
             return KVCache(*(jnp.zeros((cfg.layers, *s), dtype) for s in shapes), *rest)
         return KVCache(*(tuple(jnp.zeros(s, dtype) for _ in range(cfg.layers)) for s in shapes), *rest)
