@@ -137,7 +137,8 @@ class UserReport:
         return interval("kl_enumerated", np.array(kl))
 
     def calibration(self, told: Sequence[Point]) -> dict[str, float]:
-        """Expected calibration error and distance from the true probabilities of leaving, accepting, being satisfied."""
+        """Expected calibration error, and distance from and correlation with the true probabilities, of leaving, accepting,
+        and being satisfied."""
         turns = sorted(WORDINGS["leaves"] | WORDINGS["accepts"])
         log_q = self._log_prob([self._prompt(p) for p in told for _ in turns], turns * len(told))
         q_NA, figures = np.exp(log_q).reshape(len(told), len(turns)), {}
@@ -148,6 +149,7 @@ class UserReport:
             happened_N = np.array([p.satisfied if event == "satisfied" else p.said in wordings for p in told], np.float64)
             figures[f"ece/{event}"] = calibration_error(q_N, happened_N)
             figures[f"error/{event}"] = np.abs(q_N - p_N).mean()
+            figures[f"correlation/{event}"] = correlation(q_N, p_N)
             for u in np.unique(turn_N) if event == "leaves" else ():
                 figures[f"hazard/turn_{u}"], figures[f"hazard_true/turn_{u}"] = (
                     q_N[turn_N == u].mean(),
@@ -220,6 +222,12 @@ def calibration_error(q_N: np.ndarray, happened_N: np.ndarray) -> float:
     bin_N = np.minimum((q_N * BINS).astype(int), BINS - 1)
     gaps = [abs(q_N[bin_N == b].sum() - happened_N[bin_N == b].sum()) for b in range(BINS)]
     return float(sum(gaps) / len(q_N))
+
+
+def correlation(x_N: np.ndarray, y_N: np.ndarray) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    varies = x_N.std() * y_N.std()
+    return float(np.mean((x_N - x_N.mean()) * (y_N - y_N.mean())) / varies) if varies > 0 else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

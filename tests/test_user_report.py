@@ -10,7 +10,7 @@ from mbrl_lm import config, discriminator, evaluation_report, judge, user_report
 from mbrl_lm.data.records import Record, Turn
 from mbrl_lm.envs.concierge import TEST_UIDS, Concierge, Mixture, converse, logs, play
 from mbrl_lm.envs.learned_user import UserTurn
-from mbrl_lm.user_report import UserReport, calibration_error, distinct, points
+from mbrl_lm.user_report import UserReport, calibration_error, correlation, distinct, points
 
 KEY = jax.random.key(0)
 
@@ -96,6 +96,13 @@ def test_calibration_error_by_hand():
     q, happened = np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 0, 1])
     assert calibration_error(q, happened) == pytest.approx((0.9 + 0.9) / 4), "bins do not make up for each other"
     assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
+
+
+def test_correlation_by_hand():
+    x = np.array([0.0, 1.0, 2.0])
+    assert correlation(x, 3 - 2 * x) == pytest.approx(-1)
+    assert correlation(x, np.array([0.0, 2.0, 1.0])) == pytest.approx(0.5)
+    assert correlation(x, np.ones(3)) == 0
 
 
 def test_distinct_by_hand():
