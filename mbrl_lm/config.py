@@ -61,6 +61,7 @@ class Loss:
     reward: float = 0.5
     end: float = 0.1
     kl: float = 0.1  # beta, KL(policy || reference) on assistant tokens
+    trust: float = 0.0  # the same with the slow parameters instead of the reference: a trust region that moves on
     entropy: float = 0.0
 
 
@@ -276,12 +277,12 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "train.supervised_steps": 1000,
 }
 CONCIERGE = {  # 2,000 logged and 500 online dialogues; four minutes on one core
-    "places": (3, 4),
+    "places": (4, 5),
     "val_logs": 300,
-    "tokens": 128,
+    "tokens": 136,
     "turns": 9,
     "turn_tokens": 24,
-    "widths": (64,),
+    "widths": (68,),
     "model.layers": 3,
     "model.width": 64,
     "model.mlp_width": 128,

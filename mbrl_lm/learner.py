@@ -107,6 +107,8 @@ def weights(cfg: config.Config, state: TrainState, imagines: bool) -> dict[str, 
         "kl": loss.kl,
         "entropy": loss.entropy,
     }
+    if loss.trust:
+        learnt["trust"] = loss.trust
     if cfg.world_model.adaptive:  # PaW (2026)
         learnt["user"] *= 1.0 - jnp.clip(state.real_mean / cfg.returns.best, 0.0, 1.0)
     if loss.slow_value:
@@ -130,9 +132,9 @@ def bootstrap(uid_B: Array, members: int) -> Array:
 
 
 def losses(
-    net: Net, protocol: pr.Protocol, cfg: config.Config, params, reference, batch: Batch, dropout_key
+    net: Net, protocol: pr.Protocol, cfg: config.Config, params, reference, slow, batch: Batch, dropout_key
 ) -> dict[str, Array]:
-    """Every component per element, keys as in `masks`. `reference` None: the likelihood phase."""
+    """Every component per element, keys as in `masks`. No `reference`: the likelihood phase. No `slow`: no trust region."""
     dialogue, turns, centres_W = batch.dialogue, batch.turns, value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
     scores = score(
         net,
@@ -141,6 +143,7 @@ def losses(
         dialogue,
         temperature=cfg.imagine.temperature,
         reference=reference,
+        slow=slow,
         dropout_key=dropout_key,
         target_BT=batch.target_BT,
     )
@@ -177,6 +180,7 @@ def losses(
         "policy_real": gradient_BT,
         "policy_imagined": gradient_BT,
         "kl": scores.kl_BT,
+        "trust": scores.slow_kl_BT,
         "entropy": -scores.entropy_BT,
         "real_reply": -jax.nn.log_sigmoid(gather(heads.real_BT, turns.reply_BU)),
         "imagined_reply": -jax.nn.log_sigmoid(-gather(heads.real_BT, turns.reply_BU)),
@@ -214,11 +218,11 @@ def make_update(
         batch, state, metrics = targets(state, real.check(), imagined, targets_key)
         weight = weights(cfg, state, imagined is not None) if rl else likelihood_weights(cfg)
         count = {name: jnp.sum(batch.masks[name], dtype=jnp.float32) for name in weight}
-        reference = state.reference if rl else None
+        reference, slow = state.reference if rl else None, state.target if rl and cfg.loss.trust else None
 
         def loss(params, part: Batch, part_key):
             dropout_key = part_key if (cfg.model.dropout or cfg.model.word_dropout) and not rl else None
-            per_element = losses(net, protocol, cfg, params, reference, part, dropout_key)
+            per_element = losses(net, protocol, cfg, params, reference, slow, part, dropout_key)
             total = {name: masked_sum(per_element[name], part.masks[name]) for name in weight}
             return sum(weight[name] * total[name] / jnp.maximum(count[name], 1.0) for name in weight), total
 

@@ -26,6 +26,7 @@ class Scores:
     entropy_BT: Array  # f32, of the sampling distribution
     kl_BT: Array  # f32, KL(this || reference) of the sampling distributions; zeros without a reference
     reference_logp_BT: Array  # f32, logp_BT under the reference
+    slow_kl_BT: Array  # f32, KL(this || slow parameters); zeros without these
     allowed_BT: Array  # bool, the protocol lets this speaker write this token here
     likeliest_BT: Array  # bool, no token that is allowed here is likelier
     heads: Heads  # at every token; the logits among them are for nobody
@@ -47,9 +48,12 @@ def _log_prob(logits_BTV: Array, token_BT: Array) -> Array:
     return taken_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def _chunk_scores(net: Net, protocol: pr.Protocol, params, reference, temperature, x):
-    """Scores of the tokens of one chunk; `x` holds the trunk outputs one position *before* each token."""
-    trunk_BTD, reference_trunk_BTD, token_BT, target_BT, author_BT, place_BT = x
+def _chunk_scores(net: Net, protocol: pr.Protocol, params, others, temperature, x):
+    """Scores of the tokens of one chunk; `x` holds the trunk outputs one position *before* each token.
+
+    `others`: parameters to compare with, the reference and the slow ones; their trunk outputs come in the same order.
+    """
+    trunk_BTD, others_BTD, token_BT, target_BT, author_BT, place_BT = x
     heads = net.heads(params, trunk_BTD, author_BT)
     logits_BTV = heads.logits_BTV
 
@@ -68,13 +72,18 @@ def _chunk_scores(net: Net, protocol: pr.Protocol, params, reference, temperatur
         "allowed_BT": allowed_BT,
         "likeliest_BT": allowed_BT & (taken(masked_BTV) >= jnp.max(masked_BTV, axis=-1)),
     }
-    if reference is None:
-        return out | {"kl_BT": jnp.zeros_like(nll_BT), "reference_logp_BT": jnp.zeros_like(nll_BT)}
-    reference_BTV = net.heads(reference, reference_trunk_BTD, author_BT).logits_BTV
-    reference_BTV = jax.nn.log_softmax(policy_logits(protocol, reference_BTV, author_BT, place_BT, temperature))
-    kl_BT = jnp.sum(jnp.where(p_BTV > 0, p_BTV * (logp_BTV - reference_BTV), 0.0), axis=-1)
-    reference_logp_BT = jnp.where(allowed_BT, taken(reference_BTV), 0.0)
-    return out | {"kl_BT": kl_BT, "reference_logp_BT": reference_logp_BT}
+
+    def beside(other, other_BTD):
+        """The divergence from other parameters, and what they say of the token."""
+        if other is None:
+            return jnp.zeros_like(nll_BT), jnp.zeros_like(nll_BT)
+        other_BTV = net.heads(other, other_BTD, author_BT).logits_BTV
+        other_BTV = jax.nn.log_softmax(policy_logits(protocol, other_BTV, author_BT, place_BT, temperature))
+        kl_BT = jnp.sum(jnp.where(p_BTV > 0, p_BTV * (logp_BTV - other_BTV), 0.0), axis=-1)
+        return kl_BT, jnp.where(allowed_BT, taken(other_BTV), 0.0)
+
+    (kl_BT, reference_logp_BT), (slow_kl_BT, _) = (beside(*other) for other in zip(others, others_BTD, strict=True))
+    return out | {"kl_BT": kl_BT, "reference_logp_BT": reference_logp_BT, "slow_kl_BT": slow_kl_BT}
 
 
 def score(
@@ -85,6 +94,7 @@ def score(
     *,
     temperature: Array | float = 1.0,
     reference: Params | None = None,
+    slow: Params | None = None,
     dropout_key: Array | None = None,
     target_BT: Array | None = None,
 ) -> Scores:
@@ -98,16 +108,16 @@ def score(
       params: differentiated.
       dialogue: (B, T).
       temperature: of the sampling distribution, one or per role.
-      reference: parameters to measure the KL divergence from; not differentiated.
+      reference, slow: parameters to measure the KL divergence from; not differentiated.
       dropout_key: turns dropout on.
       target_BT: tokens whose `nll_BT` is asked for, if not the dialogue's own.
     """
     token_BT, author_BT = dialogue.token_BT, dialogue.author_BT.astype(jnp.int32)
     (B, T), V = token_BT.shape, protocol.vocab_size
     trunk_BTD = net.trunk(params, token_BT, dropout_key)
-    reference = jax.lax.stop_gradient(reference)
+    others = jax.lax.stop_gradient((reference, slow))
     before_BTD = jnp.roll(trunk_BTD, 1, axis=1)
-    reference_BTD = before_BTD if reference is None else jnp.roll(net.trunk(reference, token_BT), 1, axis=1)
+    others_BTD = tuple(None if p is None else jnp.roll(net.trunk(p, token_BT), 1, axis=1) for p in others)
     chunks = next(n for n in range(1, T + 1) if T % n == 0 and B * (T // n) * V <= CHUNK_LOGITS or n == T)
 
     def split(a):
@@ -115,10 +125,10 @@ def score(
 
     @jax.checkpoint
     def chunk_scores(x):
-        return _chunk_scores(net, protocol, params, reference, temperature, x)
+        return _chunk_scores(net, protocol, params, others, temperature, x)
 
     target_BT = token_BT if target_BT is None else target_BT
-    x = (before_BTD, reference_BTD, token_BT, target_BT, author_BT, pr.place_in_turn(dialogue.turn_BT))
+    x = (before_BTD, others_BTD, token_BT, target_BT, author_BT, pr.place_in_turn(dialogue.turn_BT))
     per_token = chunk_scores(x) if chunks == 1 else jax.lax.map(chunk_scores, jax.tree.map(split, x))
     if chunks > 1:
         per_token = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, T, *a.shape[3:]), per_token)

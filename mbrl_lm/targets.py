@@ -90,6 +90,7 @@ def masks(
         "policy_real": action_BT & ~imagined_B1,
         "policy_imagined": action_BT & imagined_B1,
         "kl": action_BT,
+        "trust": action_BT,
         "entropy": action_BT,
         "real_reply": real_turn_BU,
         "imagined_reply": turns.mask_BU & imagined_B1,

@@ -26,6 +26,7 @@ RETURN = (
     "policy_real",
     "policy_imagined",
     "kl",
+    "trust",
     "entropy",
     "real_reply",
     "imagined_reply",
@@ -239,7 +240,7 @@ def test_counts_are_those_of_the_dialogues():
 
 def test_weights_scale_each_component_once():
     real, imagined = real_rows(), imagined_rows()
-    names = [name for name in RETURN if name != "outcome"]
+    names = [name for name in RETURN if name not in ("outcome", "trust")]  # there is none of either
     parts = [gradient(real, imagined, {name: 1.0})[0] for name in names]
     weights = {name: 0.5 + 0.25 * i for i, name in enumerate(names)}
     expected = jax.tree.map(lambda *x: sum(w * y for w, y in zip(weights.values(), x, strict=True)), *parts)
@@ -263,10 +264,11 @@ def test_weights_are_those_of_the_config():
     imagined = {"policy_imagined": 0.75, "value": 0.4}
     assert learner.weights(cfg, state, True) == both | {"assistant": 0.2} | policy | imagined
     assert learner.weights(cfg, state, False) == both | {"assistant": 0.2} | policy | {"policy_real": 3.0}
-    asked = {"loss__slow_value": 0.3, "guard__discriminator": 0.1}
+    asked = {"loss__slow_value": 0.3, "loss__trust": 0.4, "guard__discriminator": 0.1}
     more = learner.weights(config_of(**values, **asked, imagine__share=(0.25, 0.25)), state, True)
     assert more == both | {"assistant": 0.2} | policy | imagined | {
         "slow_value": 0.3,
+        "trust": 0.4,
         "real_reply": 1.0,
         "imagined_reply": 1.0,
     }
@@ -314,9 +316,9 @@ def test_every_component_has_a_loss_and_a_mask(rl):
     turns = find_turns(w.protocol, real)
     batch = targets.Batch(real, turns, masks, real.reward_BU, real.reward_BU, jnp.zeros((B, T)), real.token_BT)
     reference = w.params if rl else None
-    losses = jax.eval_shape(lambda p: learner.losses(w.net, w.protocol, w.cfg, p, reference, batch, None), w.params)
+    losses = jax.eval_shape(lambda p: learner.losses(w.net, w.protocol, w.cfg, p, reference, None, batch, None), w.params)
     assert {name: x.shape for name, x in losses.items()} == {name: x.shape for name, x in masks.items()}
-    asked = {"loss__slow_value": 1.0, "guard__discriminator": 0.1}
+    asked = {"loss__slow_value": 1.0, "loss__trust": 1.0, "guard__discriminator": 0.1}
     _, state = at_update(0)
     weights = learner.weights(config_of(**asked), state, True) if rl else learner.likelihood_weights(config_of(**asked))
     assert set(weights) == set(masks)
@@ -338,6 +340,24 @@ def test_begin_rl_freezes_copies_of_the_policy():
     leaves = jax.tree.leaves((begun.params, begun.target, begun.reference))
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)  # a donated state must not hold an array twice
     assert begun.step == state.step and largest_difference(begun.opt_state, state.opt_state) == 0
+
+
+def test_the_trust_region_is_around_the_slow_parameters():
+    w, key = learner_world(), jax.random.key(0)
+    state = learner.init_state(w.net._replace(init=lambda key: w.params), optax.sgd(1.0), key, w.cfg.turns)
+    moved = state.replace(params=jax.tree.map(lambda x: x + 0.05 * jax.random.normal(key, x.shape), w.params))
+    nothing = {f"loss__{name}": 0.0 for name in ("policy", "user", "outcome", "value", "value_real", "reward", "end", "kl")}
+    cfg = config_of(model__layers=1, model__tied=False, loss__trust=1.0, **nothing)
+    update = jax.jit(learner.make_update(w.net, w.protocol, cfg, optax.sgd(0.1), rl=True))
+
+    def divergence(state):
+        after, metrics = update(state, real_rows(), imagined_rows(), key)
+        return float(metrics["loss/trust"][0]), after
+
+    none, stays = divergence(state)
+    some, goes_back = divergence(moved)
+    assert abs(none) < 1e-4 and largest_difference(stays.params, state.params) < 1e-4
+    assert some > 0.1 and divergence(goes_back.replace(target=state.target))[0] < some
 
 
 def test_the_target_follows_and_the_reference_stays():

@@ -59,6 +59,13 @@ def test_there_is_no_divergence_from_itself_and_none_without_a_reference():
     assert largest_difference(own.nll_BT, none.nll_BT) < 1e-6
 
 
+def test_the_slow_parameters_are_a_second_reference():
+    both = jax.jit(lambda r: scoring.score(W.net, W.protocol, W.params, REAL, reference=W.params, slow=r))(REFERENCE)
+    one = jax.jit(lambda r: scoring.score(W.net, W.protocol, W.params, REAL, reference=r))(REFERENCE)
+    assert largest_difference(both.slow_kl_BT, one.kl_BT) < 1e-6 and float(jnp.max(one.kl_BT)) > 0.1
+    assert float(jnp.max(jnp.abs(both.kl_BT))) < 1e-6 and not one.slow_kl_BT.any()
+
+
 @pytest.mark.parametrize("chunk_logits", [1, 4 * 6 * 27])
 def test_chunks_change_neither_values_nor_gradients(chunk_logits, monkeypatch):
     """One token at a time, and six."""

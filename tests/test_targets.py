@@ -191,7 +191,7 @@ def test_which_rows_a_member_learns_from_hangs_on_the_rows_uid_alone():
 def component(net, batch, name, params=None, **values):
     """A component of the loss, (B, T) or (B, U)."""
     cfg, params = config_of(turns=3, **values), net.init(KEY) if params is None else params
-    return np.asarray(learner.losses(net, CHAT, cfg, params, net.init(KEY), batch, None)[name])
+    return np.asarray(learner.losses(net, CHAT, cfg, params, net.init(KEY), None, batch, None)[name])
 
 
 def test_each_value_learns_from_its_own_rows():
@@ -214,7 +214,9 @@ def test_the_slow_value_pulls_to_what_the_slow_critic_says():
     expected = value.cross_entropy(present["value_VEW"][OPENS, 0], jnp.float32(2.0), CENTRES)
     np.testing.assert_allclose(loss_BU, np.full((2, 3), expected), rtol=1e-4)
     assert (np.asarray(batch.masks["slow_value"]) == np.asarray(batch.turns.mask_BU)).all()
-    gradient = jax.grad(lambda p: learner.losses(slow, CHAT, config_of(turns=3), p, p, batch, None)["slow_value"].sum())
+    gradient = jax.grad(
+        lambda p: learner.losses(slow, CHAT, config_of(turns=3), p, p, None, batch, None)["slow_value"].sum()
+    )
     assert np.abs(gradient(present)["value_VEW"]).max() > 1 > 1e-3 > np.abs(gradient(slow.init(KEY))["value_VEW"]).max()
 
 
@@ -262,7 +264,7 @@ def test_without_replies_real_values_are_learnt_where_turns_close_too():
 
             def loss(params, batch=batch, name=name, replies=replies):
                 cfg = config_of(turns=3, imagine__replies=replies)
-                found = learner.losses(net, CHAT, cfg, params, params, batch, None)[name]
+                found = learner.losses(net, CHAT, cfg, params, params, None, batch, None)[name]
                 return targets.masked_sum(found, batch.masks[name])
 
             gradient_V = np.abs(jax.grad(loss)(params)["value_VEW"]).max(axis=(1, 2))

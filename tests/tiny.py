@@ -183,7 +183,7 @@ def component_gradients(w: World, real: Dialogue, imagined: Dialogue) -> dict[st
         batch, _, _ = build(state.replace(target=params, params=params), real, imagined, key)
 
         def totals(params):
-            found = learner.losses(w.net, w.protocol, w.cfg, params, reference, batch, None)
+            found = learner.losses(w.net, w.protocol, w.cfg, params, reference, reference, batch, None)
             return {name: targets.masked_sum(x, batch.masks[name]) for name, x in found.items()}
 
         return jax.jacrev(totals)(params)
