@@ -1,6 +1,6 @@
 """The layers of the transformer, on one stream of tokens per row, with an explicit cache."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,15 +75,50 @@ class CausalConv(nn.Module):
         return x_BTD + sum(taps), cache_BSD
 
 
-def taps(first_K: list[range], size: float) -> nn.initializers.Initializer:
+class Words(NamedTuple):
+    """The tokens as such, beside what the layers have made of them."""
+
+    code_BTXC: Array  # codes of each token and of those before it, all but orthogonal
+    said_BTNC: Array | None = None  # where the user is tracked: what the user has said so far
+    held_BT: Array | None = None  # and the words of the context
+
+
+def taps(first_K: list[range], size_K: list[float]) -> nn.initializers.Initializer:
     """(X, K): a head at first takes the tokens that stand so far before the own one, and a little of the others."""
 
     def init(key, shape, dtype=jnp.float32):
         before_X = range(shape[0])[::-1]
         first_XK = jnp.array([[before in first for first in first_K] for before in before_X])
-        return size * first_XK.astype(dtype) + 0.1 * jax.random.normal(key, shape, dtype)
+        return first_XK * jnp.array(size_K, dtype)[None] + 0.1 * jax.random.normal(key, shape, dtype)
 
     return init
+
+
+class Matching(nn.Module):
+    """What heads compare tokens by as such: the codes that they ask for, that they are asked by, and that they give."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, words: Words) -> tuple[Array, Array, Array]:
+        X, N, K = words.code_BTXC.shape[2], self.cfg.heads, self.cfg.kv_heads
+        dtype, follow, tracks = words.code_BTXC.dtype, (K + 1) // 2, words.said_BTNC is not None
+        own, near = range(1), range(1, NEAR + 1)
+        asked_K, given_K, size_K = [near] * follow + [own] * (K - follow), [own] * follow + [near] * (K - follow), [2.0] * K
+        asks = jnp.ones((X, N))
+        if tracks:  # the last head; it asks the context alone, for what the user has said is said by the user, too
+            asked_K[-1], given_K[-1], size_K[-1] = range(NEAR), range(NEAR + 1), 5.0
+            asks = asks.at[:, -1].set(0.0)
+        asks_XN = self.param("asks_XN", lambda _: asks).astype(dtype)
+        asked_XK = self.param("asked_XK", taps(asked_K, size_K), (X, K)).astype(dtype)
+        given_XK = self.param("given_XK", taps(given_K, [1.0] * K), (X, K)).astype(dtype)
+        q_BTNC = jnp.einsum("BTXC,XN->BTNC", words.code_BTXC, asks_XN)
+        k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", words.code_BTXC, tap_XK) for tap_XK in (asked_XK, given_XK))
+        if tracks:
+            tracks_N = self.param("tracks_N", lambda _: (jnp.arange(N) == N - 1).astype(jnp.float32)).astype(dtype)
+            q_BTNC += words.said_BTNC * tracks_N[None, None, :, None]
+            k_BKTC = k_BKTC.at[:, -1].multiply(words.held_BT[..., None].astype(dtype))
+        return q_BTNC, k_BKTC, v_BKTC
 
 
 class Attention(nn.Module):
@@ -106,11 +141,9 @@ class Attention(nn.Module):
     cfg: config.Model
 
     @nn.compact
-    def __call__(
-        self, x_BTD: Array, cache: Any, index: Array | int, code_BTXC: Array | None, said_BTNC: Array | None
-    ) -> tuple[Array, Any, Any]:
+    def __call__(self, x_BTD: Array, cache: Any, index: Array | int, words: Words | None) -> tuple[Array, Any, Any]:
         (T, D), N, K = x_BTD.shape[1:], self.cfg.heads, self.cfg.kv_heads
-        H, C = D // N, 0 if code_BTXC is None else code_BTXC.shape[-1]
+        H, C = D // N, 0 if words is None else words.code_BTXC.shape[-1]
         dtype = x_BTD.dtype
         wq_DNH = self.param("wq_DNH", fan_in(D), (D, N, H)).astype(dtype)
         wk_DKH = self.param("wk_DKH", fan_in(D), (D, K, H)).astype(dtype)
@@ -122,20 +155,8 @@ class Attention(nn.Module):
         k_BKTH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, wk_DKH), position_T).swapaxes(1, 2)
         v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, wv_DKH)
         if C:
-            X, follow = code_BTXC.shape[2], (K + 1) // 2
-            own, near, tracks_N = range(1), range(1, NEAR + 1), (jnp.arange(N) == N - 1) & (said_BTNC is not None)
-            asked_K, given_K = [near] * follow + [own] * (K - follow), [own] * follow + [near] * (K - follow)
-            if said_BTNC is not None:
-                asked_K[-1] = range(NEAR)
-            asks_XN = self.param("asks_XN", lambda _, shape: jnp.where(tracks_N[None], jnp.zeros(shape), 1.0), (X, N))
-            asked_XK = self.param("asked_XK", taps(asked_K, 2.0), (X, K))
-            given_XK = self.param("given_XK", taps(given_K, 1.0), (X, K))
-            q_BTNC = jnp.einsum("BTXC,XN->BTNC", code_BTXC, asks_XN.astype(dtype))
-            if said_BTNC is not None:
-                tracks_N = self.param("tracks_N", lambda *_: tracks_N.astype(jnp.float32))
-                q_BTNC += said_BTNC * tracks_N.astype(dtype)[None, None, :, None]
+            q_BTNC, k_BKTC, v_BKTC = Matching(self.cfg, name="matching")(words)
             q_BTNC *= H**0.5  # `attend` divides by it
-            k_BKTC, v_BKTC = (jnp.einsum("BTXC,XK->BKTC", code_BTXC, tap.astype(dtype)) for tap in (asked_XK, given_XK))
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNC], axis=-1)
             k_BKTH, v_BKTH = jnp.concatenate([k_BKTH, k_BKTC], axis=-1), jnp.concatenate([v_BKTH, v_BKTC], axis=-1)
         if cache is not None:
@@ -150,9 +171,9 @@ class Attention(nn.Module):
             gate_BTN = jnp.einsum("BTD,DN->BTN", x_BTD, gate_DN)
             found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
         x_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
-        if said_BTNC is not None:
-            for name, other_BTNC in (("fit_ND", 2 * out_BTNH[..., H:]), ("size_ND", said_BTNC)):
-                much_BTN = jnp.sum(other_BTNC * said_BTNC, axis=-1)
+        if C and words.said_BTNC is not None:
+            for name, other_BTNC in (("fit_ND", 2 * out_BTNH[..., H:]), ("size_ND", words.said_BTNC)):
+                much_BTN = jnp.sum(other_BTNC * words.said_BTNC, axis=-1)
                 x_BTD += jnp.einsum("BTN,ND->BTD", much_BTN, self.param(name, fan_in(2 * N), (N, D)).astype(dtype))
         return x_BTD, found_BTC, cache
 
@@ -231,9 +252,7 @@ class Block(nn.Module):
     cfg: config.Model
 
     @nn.compact
-    def __call__(
-        self, carry: Any, cache: Any, index: Array | int, code_BTXC: Array | None, said_BTNC: Array | None
-    ) -> tuple[Any, Any]:
+    def __call__(self, carry: Any, cache: Any, index: Array | int, words: Words | None) -> tuple[Any, Any]:
         x_BTD, found_BTC = carry
         k, v, inputs = (None, None, None) if cache is None else cache
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
@@ -241,7 +260,7 @@ class Block(nn.Module):
         if self.cfg.conv_width > 1:
             h_BTD, inputs = CausalConv(self.cfg.conv_width, name="conv")(h_BTD, inputs, index)
         kv = None if cache is None else (k, v)
-        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, code_BTXC, said_BTNC)
+        h_BTD, more_BTC, kv = Attention(self.cfg, name="attention")(h_BTD, kv, index, words)
         found_BTC = None if more_BTC is None else found_BTC + more_BTC
         x_BTD = x_BTD + drop(h_BTD)
         h_BTD = GatedMLP(self.cfg, name="mlp")(RMSNorm(name="norm_mlp")(x_BTD))

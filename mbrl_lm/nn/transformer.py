@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.nn.layers import Block, RMSNorm, Tracker
+from mbrl_lm.nn.layers import Block, RMSNorm, Tracker, Words
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=self.cfg.layers,
             )(self.cfg)
         else:
@@ -118,45 +118,49 @@ class Transformer(nn.Module):
         if self.cfg.speakers:
             x_BTD += self.speaker_VD.astype(self.dtype())[spoken_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
         code_BTXC, codes = self.codes(token_BT, cache, index)
-        agree_BTD, said_BTNC, sums = self.track(token_BT, spoken_BT, spoken_BS, code_BTXC, cache, index)
-        x_BTD = self.drop(x_BTD + agree_BTD, deterministic=not self.has_rng("dropout"))
+        words = None if code_BTXC is None else Words(code_BTXC)
+        sums = None if cache is None else (cache.token_BS, cache.said_BSNC, cache.told_BSNC)
+        if self.cfg.tracked:
+            agree_BTD, words, sums = self.track(token_BT, spoken_BT, spoken_BS, code_BTXC, sums, index)
+            x_BTD += agree_BTD
+        x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
         found_BTC = None if code_BTXC is None else jnp.zeros_like(code_BTXC[:, :, 0])
         carry = x_BTD, found_BTC
         if self.cfg.scan_layers:
-            carry, layers = self.blocks(carry, layers, index, code_BTXC, said_BTNC)
+            carry, layers = self.blocks(carry, layers, index, words)
         else:
             after = []
             for i, block in enumerate(self.blocks):
                 layer = None if layers is None else tuple(a[i] for a in layers)
-                carry, layer = block(carry, layer, index, code_BTXC, said_BTNC)
+                carry, layer = block(carry, layer, index, words)
                 after.append(layer)
             layers = None if layers is None else tuple(zip(*after, strict=True))
         x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
         return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS, *sums)
 
-    def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, cache: KVCache | None, index) -> tuple[Any, Any, Any]:
-        """What `Tracker` adds to the stream, what the user has said, and the cache of tokens and sums after these."""
-        kept = () if cache is None else (cache.token_BS, cache.said_BSNC, cache.told_BSNC)
-        if not self.cfg.tracked:
-            return 0, None, kept
+    def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, kept: Any, index) -> tuple[Array, Words, Any]:
+        """What `Tracker` adds to the stream, the words with what the user has said, and what is kept after them."""
         T, (N, C) = token_BT.shape[1], (self.cfg.heads, self.cfg.match_width)
         token_BS, sums = token_BT, [jnp.zeros((len(token_BT), N, C), self.dtype())] * 2
-        if cache is None:
+        if kept is None:
             spoken_BS = spoken_BT
         else:
-            token_BS = jax.lax.dynamic_update_slice_in_dim(cache.token_BS, token_BT, index, axis=1)
+            token_BS = jax.lax.dynamic_update_slice_in_dim(kept[0], token_BT, index, axis=1)
             sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept[1:]]
+
+        def held(token, spoken):
+            return (spoken == MARKS.index(pr.BOS)) & ~is_mark(token)
+
         seen_TS = jnp.arange(token_BS.shape[1])[None] < index + jnp.arange(T)[:, None]
-        held_BS = (spoken_BS == MARKS.index(pr.BOS)) & ~is_mark(token_BS)
-        same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held_BS[:, None] & seen_TS[None]
-        word_BT = jnp.any(same_BTS, axis=-1)
-        user_BT, assistant_BT = (word_BT & (spoken_BT == MARKS.index(mark)) for mark in (pr.TO_USER, pr.TO_ASSISTANT))
+        same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held(token_BS, spoken_BS)[:, None] & seen_TS[None]
+        counts_BT = jnp.any(same_BTS, axis=-1)
+        user_BT, assistant_BT = (counts_BT & (spoken_BT == MARKS.index(mark)) for mark in (pr.TO_USER, pr.TO_ASSISTANT))
         agree_BTD, *after = self.tracker(code_BTXC, user_BT, assistant_BT, token_BT == pr.TO_ASSISTANT, sums)
-        if cache is not None:  # a sum stands behind its token's place: the first one is that of nothing
+        if kept is not None:  # a sum stands behind its token's place: the first one is that of nothing
             put = jax.lax.dynamic_update_slice_in_dim
             kept = (token_BS, *(put(old, new, index + 1, axis=1) for old, new in zip(kept[1:], after, strict=True)))
-        return agree_BTD, after[0], kept
+        return agree_BTD, Words(code_BTXC, after[0], held(token_BT, spoken_BT)), kept
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""

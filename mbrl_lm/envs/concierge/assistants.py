@@ -161,10 +161,9 @@ class Mixture:
 
     members = (
         (0.2, Mediocre(questions=0, careless=0.6)),  # offers at once
-        (0.25, Mediocre(questions=1, careless=0.6)),
-        (0.15, Mediocre(questions=2, careless=0.6, chats=0.05)),
-        (0.1, Mediocre(questions=3, careless=0.6)),
-        (0.1, Mediocre(questions=1, careless=0.6, chats=0.3)),
+        (0.2, Mediocre(questions=1, careless=0.6)),
+        (0.2, Mediocre(questions=2, careless=0.6, chats=0.05)),
+        (0.2, Mediocre(questions=3, careless=0.6)),
         (0.1, Mediocre(questions=2, careless=0.6, leaks=0.8)),
         (0.1, Mediocre(questions=2, careless=0.6, lies=0.5)),
     )
