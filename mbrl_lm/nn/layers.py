@@ -135,7 +135,8 @@ class Attention(nn.Module):
     its code adds to the logits (as pointer networks copy, See et al. 2017).
 
     Where the user is tracked, the last head at first asks for all that the user has said, and so finds what fits it most;
-    how well what each head found fits is told to the stream, beside how much there is to fit.
+    how well what each head found fits is told to the stream, beside how much there is to fit, and how sure it is: what is
+    found in several places is blurred.
     """
 
     cfg: config.Model
@@ -172,9 +173,15 @@ class Attention(nn.Module):
             found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
         x_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
         if C and words.said_BTNC is not None:
-            for name, other_BTNC in (("fit_ND", 2 * out_BTNH[..., H:]), ("size_ND", words.said_BTNC)):
-                much_BTN = jnp.sum(other_BTNC * words.said_BTNC, axis=-1)
-                x_BTD += jnp.einsum("BTN,ND->BTD", much_BTN, self.param(name, fan_in(2 * N), (N, D)).astype(dtype))
+            code_BTNC, said_BTNC = out_BTNH[..., H:], words.said_BTNC
+            pairs = {
+                "fit_ND": (2 * code_BTNC, said_BTNC),
+                "size_ND": (said_BTNC, said_BTNC),
+                "sure_ND": (code_BTNC, code_BTNC),
+            }
+            for name, (a_BTNC, b_BTNC) in pairs.items():
+                told_ND = self.param(name, fan_in(2 * N), (N, D)).astype(dtype)
+                x_BTD += jnp.einsum("BTN,ND->BTD", jnp.sum(a_BTNC * b_BTNC, axis=-1), told_ND)
         return x_BTD, found_BTC, cache
 
 
