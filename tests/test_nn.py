@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import config_of, largest_difference, noisy, world
+from tiny import config_of, dialogue, largest_difference, noisy, world
 
 from mbrl_lm.nn import make_net
+from mbrl_lm.nn.layers import Tracker
 
 SHAPES = [
     {
@@ -145,3 +146,35 @@ def test_noise_reaches_every_parameter():
 def test_every_channel_begins_with_a_mixture_of_neighbours_of_its_own():
     taps = [x for path, x in jax.tree_util.tree_leaves_with_path(world(model__conv_width=3).params) if "tap_XD" in str(path)]
     assert taps and all(np.std(x, axis=1).min() > 0.3 and abs(np.mean(x)) < 0.3 for x in taps)
+
+
+def test_what_has_been_said_is_summed_by_hand():
+    """Open gates, and codes that are the tokens themselves: a user's a, b, the assistant's b, then a new turn of its own."""
+    cfg = config_of(model__heads=2, model__kv_heads=2, model__width=4).model
+    code_BTXC = jnp.zeros((1, 5, 2, 3)).at[0, jnp.arange(5), -1, jnp.array([0, 1, 1, 2, 2])].set(1.0)
+    user, assistant = (jnp.array([x], bool) for x in ([1, 1, 0, 0, 1], [0, 0, 1, 0, 0]))
+    begins, sums = jnp.array([[0, 0, 0, 1, 0]], bool), [jnp.zeros((1, 2, 3))] * 2
+    tracker = Tracker(cfg)
+    params = jax.tree.map(
+        jnp.zeros_like, tracker.init(jax.random.key(0), code_BTXC, user, assistant, begins, sums)["params"]
+    )
+    params["agree_ND"] += 1.0
+    agree, said, told = tracker.apply({"params": params}, code_BTXC, user, assistant, begins, sums)
+    assert said[0, :, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    assert told[0, :, 1].tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(agree[0, :, 0], [0, 0, 2 * np.log(2), 0, 0], rtol=1e-6)
+    _, on, _ = tracker.apply({"params": params}, code_BTXC[:, 4:], user[:, 4:], assistant[:, 4:], begins[:, 4:],
+                             [said[:, 3], told[:, 3]])  # fmt: skip
+    assert on[0, 0].tolist() == said[0, 4].tolist()
+
+
+def test_only_words_of_the_context_are_tracked():
+    w = world("chat", model__tracked=True)
+    d = dialogue(w.protocol, ["bos a b >u c a >a b d >u b >a"])
+    cache = jax.jit(w.net.prefill)(w.params, d.token_BT, w.net.init_cache(1, d.token_BT.shape[1]))
+    grows = {name: np.abs(np.diff(np.asarray(getattr(cache, name))[0], axis=0)).sum(axis=(1, 2)) > 1e-6
+             for name in ("said_BSNC", "told_BSNC")}  # fmt: skip
+    #                                    bos a  b  >u c  a  >a b  d  >u b  >a
+    assert grows["said_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
+    assert grows["told_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]  # at the last one it is over
+    assert not any(x[12:].any() for x in grows.values())

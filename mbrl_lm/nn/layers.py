@@ -79,7 +79,8 @@ class Words(NamedTuple):
     """The tokens as such, beside what the layers have made of them."""
 
     code_BTXC: Array  # codes of each token and of those before it, all but orthogonal
-    said_BTNC: Array | None = None  # where the user is tracked: what the user has said so far
+    said_BTNC: Array | None = None  # where the user is tracked: what the user has said so far,
+    told_BTNC: Array | None = None  # the assistant in its latest turn,
     held_BT: Array | None = None  # and the words of the context
 
 
@@ -134,9 +135,10 @@ class Attention(nn.Module):
     learnt from the first updates on. What was found can be said as it is: by a gate for each head, which the stream sets,
     its code adds to the logits (as pointer networks copy, See et al. 2017).
 
-    Where the user is tracked, the last head at first asks for all that the user has said, and so finds what fits it most;
-    how well what each head found fits is told to the stream, beside how much there is to fit, and how sure it is: what is
-    found in several places is blurred.
+    Where the user is tracked, the last head at first asks for all that the user has said, and so finds what fits it. The
+    stream is told how well what a head found fits, how much there is to fit, how sure it is (what is found in several
+    places is blurred), and whether the assistant's latest turn meant it: attention is divided among what fits equally well,
+    so that the last of these is near the probability that the user wanted what is on offer.
     """
 
     cfg: config.Model
@@ -173,15 +175,15 @@ class Attention(nn.Module):
             found_BTC = jnp.einsum("BTN,BTNC->BTC", gate_BTN, out_BTNH[..., H:])
         x_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD)
         if C and words.said_BTNC is not None:
-            code_BTNC, said_BTNC = out_BTNH[..., H:], words.said_BTNC
-            pairs = {
-                "fit_ND": (2 * code_BTNC, said_BTNC),
-                "size_ND": (said_BTNC, said_BTNC),
-                "sure_ND": (code_BTNC, code_BTNC),
-            }
-            for name, (a_BTNC, b_BTNC) in pairs.items():
-                told_ND = self.param(name, fan_in(2 * N), (N, D)).astype(dtype)
-                x_BTD += jnp.einsum("BTN,ND->BTD", jnp.sum(a_BTNC * b_BTNC, axis=-1), told_ND)
+            code_BTNC, said_BTNC, told_BTNC = out_BTNH[..., H:], words.said_BTNC, words.told_BTNC
+            for name, a_BTNC, b_BTNC in (
+                ("fit_ND", 2 * code_BTNC, said_BTNC),
+                ("size_ND", said_BTNC, said_BTNC),
+                ("sure_ND", code_BTNC, code_BTNC),
+                ("meant_ND", 2 * code_BTNC, told_BTNC),
+            ):
+                pair_ND = self.param(name, fan_in(2 * N), (N, D)).astype(dtype)
+                x_BTD += jnp.einsum("BTN,ND->BTD", jnp.sum(a_BTNC * b_BTNC, axis=-1), pair_ND)
         return x_BTD, found_BTC, cache
 
 

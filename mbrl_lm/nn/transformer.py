@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         if kept is not None:  # a sum stands behind its token's place: the first one is that of nothing
             put = jax.lax.dynamic_update_slice_in_dim
             kept = (token_BS, *(put(old, new, index + 1, axis=1) for old, new in zip(kept[1:], after, strict=True)))
-        return agree_BTD, Words(code_BTXC, after[0], held(token_BT, spoken_BT)), kept
+        return agree_BTD, Words(code_BTXC, *after, held(token_BT, spoken_BT)), kept
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
