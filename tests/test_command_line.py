@@ -12,7 +12,7 @@ from mbrl_lm.config import Config, ConfigError, preset
 
 def test_only_what_is_given_is_set(monkeypatch):
     args = ["--config.model.width=48", "--config.returns.lambda_=0.5", "--config.model.tied", "--config.data_dir=a b"]
-    args += ["--config.widths=(32, 64)"]
+    args += ["--config.widths=(34, 68)"]
     monkeypatch.setattr(sys, "argv", ["program", *args, "--workdir=w"])
     with flagsaver.flagsaver():
         given = command_line.flatten(command_line.parse(sys.argv))
@@ -21,7 +21,7 @@ def test_only_what_is_given_is_set(monkeypatch):
     with flagsaver.flagsaver():
         default = command_line.flatten(command_line.parse(sys.argv))
     changed = {name: value for name, value in given.items() if value != default[name]}
-    assert changed == {"model.width": 48, "returns.lambda_": 0.5, "model.tied": True, "data_dir": "a b", "widths": (32, 64)}
+    assert changed == {"model.width": 48, "returns.lambda_": 0.5, "model.tied": True, "data_dir": "a b", "widths": (34, 68)}
 
 
 def test_a_program_that_looks_at_a_run_takes_its_config(monkeypatch, tmp_path):

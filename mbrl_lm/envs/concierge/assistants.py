@@ -160,12 +160,12 @@ class Mixture:
     """The behaviour policies of the logs: one member serves a whole dialogue."""
 
     members = (
-        (0.2, Mediocre(questions=0, careless=0.6)),  # offers at once
-        (0.2, Mediocre(questions=1, careless=0.6)),
-        (0.2, Mediocre(questions=2, careless=0.6, chats=0.05)),
-        (0.2, Mediocre(questions=3, careless=0.6)),
-        (0.1, Mediocre(questions=2, careless=0.6, leaks=0.8)),
-        (0.1, Mediocre(questions=2, careless=0.6, lies=0.5)),
+        (0.2, Mediocre(questions=0, careless=0.77)),  # offers at once
+        (0.2, Mediocre(questions=1, careless=0.77)),
+        (0.2, Mediocre(questions=2, careless=0.77, chats=0.05)),
+        (0.2, Mediocre(questions=3, careless=0.77)),
+        (0.1, Mediocre(questions=2, careless=0.77, leaks=0.8)),
+        (0.1, Mediocre(questions=2, careless=0.77, lies=0.5)),
     )
 
     def act(self, brief: Brief, history: History) -> str:
