@@ -119,9 +119,7 @@ class Imagine:
     share: tuple[float, float] = (0.5, 0.5)  # of the policy gradient, when RL begins and when it ends
     replies: int = 4  # user replies that are imagined before the bootstrap value
     candidates: int = 1  # K dialogues of each prompt
-    user: str = (
-        "live"  # who is imagined: the present model; frozen: as when RL began; population: past ones; oracle: the true
-    )
+    user: str = "live"  # the present model; frozen: as when RL began; population: past ones; oracle: the true user
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
     temperature: float = 1.0
@@ -182,9 +180,7 @@ class Config:
     val_logs: int = 500  # held out of them
     places: tuple[int, int] = (4, 8)  # the fewest and the most of the embedded environment's catalogues
     noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
-    signal: str = (
-        "return"  # of the embedded environment, to learn from; rating: of each single reply; outcome: all at the end
-    )
+    signal: str = "return"  # of the embedded environment; rating: of each single reply; outcome: all at the end
     control: str = ""  # negative controls: user_gradient, on user turns, too; predictability, as a reward
     start: str = ""  # the directory of a run by whose likelihood phase this one begins
     tokens: int = 192  # T, of a dialogue
@@ -276,7 +272,7 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "tokenizer.kind": "unigram",
     "train.supervised_steps": 1000,
 }
-CONCIERGE = {  # 2,000 logged and 500 online dialogues; four minutes on one core
+CONCIERGE = {  # 2,000 logged and 500 online dialogues; seven minutes on one core
     "places": (4, 5),
     "val_logs": 300,
     "tokens": 136,
@@ -417,8 +413,10 @@ def check(cfg: Config) -> None:
             "imagine.user is live, frozen, population or oracle",
         ),
         (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: change imagine.user"),
-        (not all(0 <= x <= 1 for x in imagine.share), "imagine.share is FIRST,LAST, each between 0 and 1"),
-        (len(imagine.share) != 2, "imagine.share is FIRST,LAST, each between 0 and 1"),
+        (
+            len(imagine.share) != 2 or not all(0 <= x <= 1 for x in imagine.share),
+            "imagine.share is FIRST,LAST, each between 0 and 1",
+        ),
         (cfg.control not in ("", "user_gradient", "predictability"), "control is user_gradient or predictability, or empty"),
         (
             doubts and not model.user_heads,

@@ -221,8 +221,7 @@ def make_update(
         reference, slow = state.reference if rl else None, state.target if rl and cfg.loss.trust else None
 
         def loss(params, part: Batch, part_key):
-            dropout_key = part_key if (cfg.model.dropout or cfg.model.word_dropout) and not rl else None
-            per_element = losses(net, protocol, cfg, params, reference, slow, part, dropout_key)
+            per_element = losses(net, protocol, cfg, params, reference, slow, part, None if rl else part_key)
             total = {name: masked_sum(per_element[name], part.masks[name]) for name in weight}
             return sum(weight[name] * total[name] / jnp.maximum(count[name], 1.0) for name in weight), total
 

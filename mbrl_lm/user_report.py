@@ -226,8 +226,7 @@ def calibration_error(q_N: np.ndarray, happened_N: np.ndarray) -> float:
 
 def correlation(x_N: np.ndarray, y_N: np.ndarray) -> float:
     """Pearson's; 0 where one of the two does not vary."""
-    varies = x_N.std() * y_N.std()
-    return float(np.mean((x_N - x_N.mean()) * (y_N - y_N.mean())) / varies) if varies > 0 else 0.0
+    return float(np.corrcoef(x_N, y_N)[0, 1]) if x_N.std() > 0 and y_N.std() > 0 else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -44,11 +44,6 @@ class Net(NamedTuple):
         return jax.tree.map(lambda a: a[:, 0], heads), cache
 
 
-def is_mark(token: Array) -> Array:
-    """bool, of any shape."""
-    return jnp.any(jnp.stack([token == mark for mark in MARKS]), axis=0)
-
-
 def turn_marks(token_BT: Array, spoken_BS: Array | None, index: Array | int) -> tuple[Array, Array | None]:
     """The place in MARKS of the mark that each token's turn began with, (B, T), and the cache of these after the tokens."""
     mark_BT = jnp.full_like(token_BT, -1)
@@ -150,7 +145,7 @@ class Transformer(nn.Module):
             sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept[1:]]
 
         def held(token, spoken):
-            return (spoken == MARKS.index(pr.BOS)) & ~is_mark(token)
+            return (spoken == MARKS.index(pr.BOS)) & ~jnp.isin(token, jnp.array(MARKS))
 
         seen_TS = jnp.arange(token_BS.shape[1])[None] < index + jnp.arange(T)[:, None]
         same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held(token_BS, spoken_BS)[:, None] & seen_TS[None]
