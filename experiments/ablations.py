@@ -117,7 +117,7 @@ def _model_free(full: Config) -> list[Row]:
 
 
 def _imagination(full: Config) -> list[Row]:
-    who, far, share = "5 imagined user", "6 horizon", "7 real share"
+    who, far, share = "5 imagined user", "6 horizon and prompts", "7 real share"
     rows = [
         Row("5_none", who, NO_IMAGINATION, "the world model is learnt, and never imagines", expects="lower"),
         Row("5_frozen", who, {"imagine.user": "frozen"}, "imagined user as it was when RL began"),
@@ -129,6 +129,8 @@ def _imagination(full: Config) -> list[Row]:
     replies = {"0": 0, "1": 1, "2": 2, "4": 4, "end": full.turns - 1}
     for name, count in replies.items():
         rows.append(Row(f"6_horizon_{name}", far, {"imagine.replies": count}, f"{count} imagined replies, then the value"))
+    for share_, shows in ((0.0, "prompts from all assistant points alike"), (1.0, "prompts from openings alone")):
+        rows.append(Row(f"6_openings_{share_:.0%}"[:-1], far, {"imagine.openings": share_}, shows))
     for imagined in (0.0, 0.5, 0.75, 0.9, 1.0):
         real = f"{1 - imagined:.0%}"
         for anchors in (False, True) if imagined else (False,):
@@ -169,6 +171,7 @@ def _network_and_gradient(full: Config) -> list[Row]:
     for baseline, shows in baselines.items():
         overrides = {"policy.baseline": baseline} | (compared if baseline in config.GROUPED else {})
         rows.append(Row(f"10_{baseline}", how, overrides, f"baseline: {shows}"))
+    rows.append(Row("10_vtrace", how, {"returns.vtrace": True}, "real dialogues count as far as they would be followed"))
     epochs = 2  # with half the updates: as many gradient steps
     ppo = {"policy.loss": "ppo", "train.rl_epochs": epochs} | paced(full, max(full.train.rl_steps // epochs, 1))
     rows += [

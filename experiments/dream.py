@@ -30,10 +30,9 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     """
     point_key, write_key = jax.random.split(key)
     user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
-    uid_B = jax.numpy.arange(cfg.imagine.batch, dtype=jax.numpy.uint32)
-    rows = jax.tree.map(lambda x: x[uid_B[: cfg.imagine.batch // cfg.imagine.candidates] % real.uid_B.shape[0]], real)
-    prompt = rollout.from_an_opening(protocol, rows, point_key)
-    prompt = jax.tree.map(lambda x: jax.numpy.repeat(x, cfg.imagine.candidates, axis=0), prompt).replace(uid_B=uid_B)
+    prompt = rollout.from_an_opening(protocol, real, point_key, cfg.imagine.openings)
+    prompt = jax.tree.map(lambda x: jax.numpy.repeat(x, cfg.imagine.candidates, axis=0), prompt)
+    prompt = prompt.replace(uid_B=jax.numpy.arange(cfg.imagine.batch, dtype=jax.numpy.uint32))
     turns, temperature = max(2 * cfg.imagine.replies, 1), cfg.imagine.temperature
     return rollout.imagine(
         net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=temperature, user=user
@@ -51,7 +50,9 @@ def main(run: app.Run):
     optimizer = make_optimizer(cfg.train)
 
     # What is compiled: the two updates and imagination. Real dialogues with the true user are written turn by turn.
-    begin_rl, remember = (pjit(change, mesh, donate=(0,)) for change in (learner.begin_rl, learner.remember))
+    settle, begin_rl, remember = (
+        pjit(change, mesh, donate=(0,)) for change in (learner.settle, learner.begin_rl, learner.remember)
+    )
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
     imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
@@ -71,6 +72,8 @@ def main(run: app.Run):
                 loop.phase("likelihood")
                 real = text_at(step)
                 loop.state, metrics = by_likelihood(loop.state, real, None, key)
+                if since == -1 and cfg.train.averaged:
+                    loop.state = settle(loop.state)
             else:
                 loop.phase("imagination")
                 if since == 0:
@@ -84,7 +87,7 @@ def main(run: app.Run):
                 if cfg.imagine.user == "oracle":
                     imagined = experience.with_oracle(loop.state, imagine_key, step)
                 elif cfg.imagine.batch:
-                    imagined = imagine(loop.state, real, imagine_key)
+                    imagined = imagine(loop.state, experience.prompts(step), imagine_key)
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:

@@ -90,6 +90,7 @@ class Policy:
 class Returns:
     discount: float = 0.97  # per assistant turn
     lambda_: float = 0.95
+    vtrace: bool = False  # of real dialogues, what followed a turn counts as far as the policy would have followed, too
     scale_floor: float = 1.0  # advantages are divided by max(floor, range of the returns)
     scale_decay: float = 0.99
     target_decay: float = 0.98  # of the slow critic, per update
@@ -99,6 +100,7 @@ class Returns:
 @dataclasses.dataclass
 class Train:
     supervised_steps: int = 600  # likelihood of both speakers, before RL begins; 0 = joint from the first step
+    averaged: bool = False  # these end with the average of the latest parameters, the slow ones, instead of the last
     renamed: float = 0.0  # the first part of supervised_steps sees dialogues with what the task does not tell apart renamed
     rl_steps: int = 200
     rl_epochs: int = 1  # optimiser steps on the dialogues of one of them
@@ -119,6 +121,7 @@ class Imagine:
     share: tuple[float, float] = (0.5, 0.5)  # of the policy gradient, when RL begins and when it ends
     replies: int = 4  # user replies that are imagined before the bootstrap value
     candidates: int = 1  # K dialogues of each prompt
+    openings: float = 0.0  # of the prompts so many end where the assistant first speaks, the others at any of its turns
     user: str = "live"  # the present model; frozen: as when RL began; population: past ones; oracle: the true user
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
@@ -275,11 +278,11 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
 CONCIERGE = {  # 2,000 logged and 500 online dialogues; seven minutes on one core
     "places": (4, 5),
     "val_logs": 300,
-    "tokens": 136,
+    "tokens": 168,
     "turns": 9,
     "turn_tokens": 24,
-    "widths": (68,),
-    "model.layers": 3,
+    "widths": (112,),
+    "model.layers": 2,
     "model.width": 64,
     "model.mlp_width": 128,
     "model.kv_heads": 4,
@@ -293,19 +296,24 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; seven minutes on one cor
     "loss.trust": 0.3,
     "loss.end": 0.5,
     "train.renamed": 1.0,
-    "train.supervised_steps": 1000,
-    "train.rl_steps": 200,
+    "train.supervised_steps": 1500,
+    "train.averaged": True,
+    "train.rl_steps": 250,
     "train.learning_rate": 6e-3,
+    "train.weight_decay": 1.0,
     "train.rl_learning_rate": 1e-3,
     "train.batch": 16,
     "train.rl_batch": 8,
     "train.micro_batch": 8,
     "imagine.reward": "learned",
-    "collect.every": 4,
+    "imagine.batch": 64,
+    "imagine.openings": 0.5,
+    "imagine.share": (0.7, 0.7),
+    "collect.every": 5,
     "collect.batch": 10,
-    "eval.every": 500,
+    "eval.every": 750,
     "eval.dialogues": 256,
-    "checkpoint_every": 500,
+    "checkpoint_every": 750,
 }
 LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for them
     "places": (4, 8),
@@ -313,12 +321,14 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
     "val_logs": 500,
     "tokens": 176,
     "widths": (88,),
+    "model.layers": 3,
     "model.width": 128,
     "model.mlp_width": 256,
     "model.dropout": 0.0,
     "model.word_dropout": 0.0,
     "train.renamed": 0.0,
-    "train.supervised_steps": 1500,
+    "train.averaged": False,
+    "train.weight_decay": 0.01,
     "train.rl_steps": 300,
     "train.learning_rate": 3e-3,
     "train.rl_learning_rate": 2e-4,
@@ -393,7 +403,7 @@ def check(cfg: Config) -> None:
         (min(train.supervised_steps, train.rl_steps) < 0, "numbers of steps cannot be negative"),
         (train.supervised_steps + train.rl_steps == 0, "train.supervised_steps and train.rl_steps are both 0"),
         (min(train.batch, cfg.turns, cfg.tokens // 16) < 1, "train.batch and turns must be at least 1, tokens at least 16"),
-        (any(w < 1 or cfg.tokens % w for w in cfg.widths), "each of widths must divide tokens"),
+        (any(not 1 <= w <= cfg.tokens for w in cfg.widths), "widths are numbers of tokens, from 1 to that of `tokens`"),
         (not 0 <= train.renamed <= 1, "train.renamed is a part of train.supervised_steps, between 0 and 1"),
         (
             train.renamed and not (online or negotiation),
@@ -403,10 +413,7 @@ def check(cfg: Config) -> None:
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
-        (
-            imagine.batch % (train.rl_batch or train.batch),
-            "imagine.batch must be a multiple of train.rl_batch, its prompts",
-        ),
+        (not 0 <= imagine.openings <= 1, "imagine.openings is a part of the prompts, between 0 and 1"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
         (
             imagine.user not in ("live", "frozen", "population", "oracle"),

@@ -1,5 +1,7 @@
 """Real dialogues while learning by return: recorded ones, and new ones with the true user, every one counted."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,10 @@ class Experience:
     def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh):
         self._cfg, self._logs = cfg, len(corpus.train.uid_B)
         self.replay = Replay(max(cfg.collect.capacity, 1), cfg.tokens, cfg.turns)
-        rows = cfg.train.rl_batch or cfg.train.batch
-        self._online = rows // 2 if cfg.collect.every else 0
         recorded = corpus.renamed if cfg.train.renamed == 1 else corpus.train
-        self._logged_at = batches(recorded, cfg.seed, rows - self._online)
+        self._batch_at = self._mixture(recorded, cfg.train.rl_batch or cfg.train.batch, 0)
+        prompts = cfg.imagine.batch // cfg.imagine.candidates
+        self._prompts_at = self._mixture(recorded, prompts, 1) if prompts else None
 
         def true_user(rows):
             return TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, rows, cfg.signal)
@@ -59,10 +61,25 @@ class Experience:
             anchor_XW = ANCHORS_DECAY * np.asarray(state.anchor_XW) + (1 - ANCHORS_DECAY) * anchor_XW
         return state.replace(anchor_XW=jnp.asarray(anchor_XW))
 
+    def _mixture(self, recorded: Dialogue, rows: int, stream: int) -> Callable[[int], Dialogue]:
+        """step -> `rows` real dialogues; streams of different numbers have nothing to do with each other."""
+        online = rows // 2 if self._cfg.collect.every else 0
+        logged_at = batches(recorded, self._cfg.seed + stream * 1_000_003, rows - online)
+
+        def at(step: int) -> Dialogue:
+            if not online:
+                return logged_at(step)
+            return join([logged_at(step), self.replay.sample(self._cfg.seed + stream * 1_000_003, step, online)])
+
+        return at
+
     def batch(self, step: int) -> Dialogue:
         """The real dialogues of a step."""
-        real = self._logged_at(step)
-        return join([real, self.replay.sample(self._cfg.seed, step, self._online)]) if self._online else real
+        return self._batch_at(step)
+
+    def prompts(self, step: int) -> Dialogue:
+        """The real dialogues of a step whose assistant points are imagined from: others than those of `batch`."""
+        return self._prompts_at(step)
 
     def with_oracle(self, state: TrainState, key: Array, step: int) -> Dialogue:
         """`imagine.batch` dialogues with the true user in the imagined one's place: an upper bound, and not counted."""

@@ -22,7 +22,7 @@ from mbrl_lm.nn import Net
 from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.scoring import score
 from mbrl_lm.sharding import pjit
-from mbrl_lm.targets import Batch, make_targets, masked_sum, split_rows
+from mbrl_lm.targets import Batch, by_length, make_targets, masked_sum, narrowed, split_rows
 from mbrl_lm.turns import gather
 from mbrl_lm.types import Array, Dialogue, TrainState
 
@@ -57,6 +57,11 @@ def initialiser(cfg: config.Config, net: Net) -> Callable[[Array], TrainState]:
     """key -> the state that a run starts from."""
     population = cfg.imagine.population if cfg.train.rl_steps and cfg.imagine.user == "population" else 0
     return functools.partial(init_state, net, make_optimizer(cfg.train), turns=cfg.turns, population=population)
+
+
+def settle(state: TrainState) -> TrainState:
+    """Goes on from the average of the latest parameters, which predicts better than the last (Polyak & Juditsky 1992)."""
+    return state.replace(params=jax.tree.map(jnp.copy, state.target))
 
 
 def begin_rl(state: TrainState) -> TrainState:
@@ -170,8 +175,7 @@ def losses(
     }
     if reference is None:
         return out
-    # A logged token has no recorded probability: the reference, fitted to the logs, stands in for who wrote it.
-    behaviour_BT = jnp.where(dialogue.sampled_BT, dialogue.logp_BT, scores.reference_logp_BT)
+    behaviour_BT = policy.behaviour(dialogue, scores.reference_logp_BT)
     loss_BT = policy.LOSSES[cfg.policy.loss](scores.logp_BT, behaviour_BT, batch.advantage_BT, cfg.policy)
     gradient_BT = jnp.where(scores.allowed_BT, loss_BT, 0.0)
     return out | {
@@ -228,13 +232,20 @@ def make_update(
         def improve(state: TrainState, key: Array):
             """One step of the optimiser."""
 
-            def accumulate(carry, x):
+            def gradient_of(x):
                 (_, total), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *x)
-                return jax.tree.map(jnp.add, carry, (gradient, total)), None
+                return gradient, total
+
+            def accumulate(carry, x):
+                found = narrowed(gradient_of, cfg.widths, x[0].dialogue, x) if rl else gradient_of(x)
+                return jax.tree.map(jnp.add, carry, found), None
 
             parts = parts_of(batch.return_BU.shape[0])
+            order_B = by_length(batch.dialogue, parts)
+            ordered = jax.tree.map(lambda x: x[order_B], batch)
             start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
-            (gradient, total), _ = jax.lax.scan(accumulate, start, (split_rows(batch, parts), jax.random.split(key, parts)))
+            xs = split_rows(ordered, parts), jax.random.split(key, parts)
+            (gradient, total), _ = jax.lax.scan(accumulate, start, xs)
             step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, step)
             target = optax.incremental_update(params, state.target, 1 - cfg.returns.target_decay)

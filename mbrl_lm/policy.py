@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_lm import config
-from mbrl_lm.types import Array
+from mbrl_lm.types import Array, Dialogue
 
 LARGEST_WEIGHT = 20.0  # of advantage-weighted regression, as in its source
 
@@ -22,6 +22,12 @@ def importance(logp_BT: Array, behaviour_logp_BT: Array) -> Array:
     a probability down for ever.
     """
     return jnp.minimum(1.0, jnp.exp(jax.lax.stop_gradient(logp_BT - behaviour_logp_BT)))
+
+
+def behaviour(dialogue: Dialogue, reference_logp_BT: Array) -> Array:
+    """log b of each token. A logged token has no recorded probability: the reference, fitted to the logs, stands in for who
+    wrote it."""
+    return jnp.where(dialogue.sampled_BT, dialogue.logp_BT, reference_logp_BT)
 
 
 def gradient_loss(logp_BT: Array, advantage_BT: Array, importance_BT: Array) -> Array:

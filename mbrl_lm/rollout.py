@@ -68,13 +68,17 @@ def prefix(protocol: pr.Protocol, dialogue: Dialogue, length_B: Array) -> Dialog
     )
 
 
-def from_an_opening(protocol: pr.Protocol, dialogue: Dialogue, key: Array) -> Dialogue:
-    """Prompts that end where the assistant is about to speak: in each dialogue, one such point drawn at random.
+def from_an_opening(protocol: pr.Protocol, dialogue: Dialogue, key: Array, first: float = 0.0) -> Dialogue:
+    """Prompts that end where the assistant is about to speak: in each dialogue, one such point.
 
-    A dialogue without one is marked as ended, and so is not continued.
+    With probability `first` it is the dialogue's first one, else one drawn at random. A dialogue without one is marked as
+    ended, and so is not continued.
     """
     opens_BT = openings(protocol, dialogue)
-    chance_BT = jnp.where(opens_BT, jax.random.uniform(key, opens_BT.shape), -1.0)
+    point_key, first_key = jax.random.split(key)
+    first_B1 = jax.random.bernoulli(first_key, first, (opens_BT.shape[0], 1))
+    rank_BT = jnp.where(first_B1, -jnp.arange(opens_BT.shape[1])[None], jax.random.uniform(point_key, opens_BT.shape))
+    chance_BT = jnp.where(opens_BT, rank_BT, -jnp.inf)
     length_B = jnp.argmax(chance_BT, axis=1).astype(jnp.int32) + 1
     return prefix(protocol, dialogue, length_B).replace(ended_B=~jnp.any(opens_BT, axis=1))
 

@@ -1,6 +1,6 @@
 """What an update learns towards, computed once before the gradient: imagined rewards, guards, returns, advantages, masks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -8,11 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, guards, value, world_model
+from mbrl_lm import config, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.advantage import advantages
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
+from mbrl_lm.scoring import score
 from mbrl_lm.sharding import constrain
 from mbrl_lm.turns import find_turns, gather, spread, total
 from mbrl_lm.types import Array, Dialogue, Heads, Params, TrainState, Turns
@@ -25,7 +26,7 @@ class Batch:
     dialogue: Dialogue
     turns: Turns
     masks: dict[str, Array]  # per component: bool, (B, T) or (B, U)
-    return_BU: Array  # f32, lambda-returns
+    return_BU: Array  # f32, what values are learnt towards: lambda-returns, V-trace
     slow_value_BU: Array  # f32, what the slow critic says
     advantage_BT: Array  # f32, of the turn that each assistant token belongs to
     target_BT: Array  # i32, the tokens that the user's likelihood is asked of
@@ -60,6 +61,32 @@ def split_rows(tree: Any, parts: int) -> Any:
 def merge_rows(tree: Any) -> Any:
     """The inverse of `split_rows`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def by_length(dialogue: Dialogue, parts: int) -> Array:
+    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part."""
+    length_B = jnp.sum(dialogue.author_BT != pr.END, axis=1)
+    return jnp.argsort(length_B).reshape(parts, -1).T.reshape(-1)
+
+
+def narrowed(function: Callable[[Any], Any], widths: Sequence[int], dialogue: Dialogue, tree: Any) -> Any:
+    """function(tree), computed on no more tokens than the rows have: on the narrowest of `widths` that holds them all.
+
+    Args:
+      function: of a tree of arrays (B, T, ...) and others; its result must not hang on padding, nor its shape on T.
+      widths: numbers of tokens; those below T are compiled beside it, and which one runs is found out at run time.
+      dialogue: the rows, which say how long they are.
+      tree: what is narrowed.
+    """
+    T = dialogue.token_BT.shape[1]
+    widths = [*(w for w in sorted(widths) if w < T), T]
+
+    def narrow(width):
+        return lambda x: x[:, :width] if x.ndim > 1 and x.shape[1] == T else x
+
+    longest = jnp.max(jnp.sum(dialogue.author_BT != pr.END, axis=1))
+    branches = [lambda tree, width=width: function(jax.tree.map(narrow(width), tree)) for width in widths]
+    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), longest), branches, tree)
 
 
 def masks(
@@ -129,8 +156,25 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
                 gather(heads.real_BT, turns.reply_BU),
             )
 
-        rows = dialogue.token_BT.shape[0]
-        return merge_rows(jax.lax.map(one, split_rows((dialogue, turns), parts_of(rows))))
+        parts = parts_of(dialogue.token_BT.shape[0])
+        order_B = by_length(dialogue, parts)
+        ordered = jax.tree.map(lambda x: x[order_B], (dialogue, turns))
+        seen = jax.lax.map(lambda x: narrowed(one, cfg.widths, x[0], x), split_rows(ordered, parts))
+        return jax.tree.map(lambda x: x[jnp.argsort(order_B)], merge_rows(seen))
+
+    def followed(state: TrainState, real: Dialogue) -> Array:
+        """min(1, pi / b) of each turn of real dialogues, b as in `policy.behaviour`."""
+
+        def one(dialogue):
+            scores = score(
+                net, protocol, state.params, dialogue, temperature=cfg.imagine.temperature, reference=state.reference
+            )
+            behaviour_BT = policy.behaviour(dialogue, scores.reference_logp_BT)
+            more_BT = jnp.where(scores.allowed_BT, scores.logp_BT - behaviour_BT, 0.0)
+            more_BU = total(protocol, dialogue, more_BT, dialogue.reward_BU.shape[1], pr.ASSISTANT)
+            return jnp.exp(jnp.minimum(more_BU, 0.0))
+
+        return merge_rows(jax.lax.map(one, split_rows(real, parts_of(real.token_BT.shape[0]))))
 
     def earned(rows: Dialogue, turns: Turns, seen: Seen, doubt_BU: Array, imagined_B1: Array) -> Array:
         """Rewards: real ones as they are, imagined ones as predicted, less the penalty for doubtful replies."""
@@ -181,9 +225,12 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             metrics["train/kept"] = masked_sum(turns.mask_BU.astype(jnp.float32), before_BU), count
         unanswered_BU = turns.reply_BU == turns.close_BU
         discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)
-        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
+        ratio_BU = jnp.ones_like(rows.reward_BU)
+        if rl and cfg.returns.vtrace:
+            ratio_BU = ratio_BU.at[: real.token_BT.shape[0]].set(followed(state, real))
+        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None, 0))
         lambda_ = cfg.returns.lambda_ if rl else 1.0
-        return_BU = returns(rows.reward_BU, seen.next_value, discount_BU, turns.mask_BU, lambda_)
+        return_BU = returns(rows.reward_BU, seen.next_value, discount_BU, turns.mask_BU, lambda_, ratio_BU)
         if rl and cfg.guard.anchors:
             anchored_BU = guards.to_real(return_BU, state.anchor_XW)
             return_BU = jnp.where(imagined_B1 & turns.mask_BU, anchored_BU, return_BU)
@@ -201,6 +248,8 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1
+        if rl and cfg.returns.vtrace:
+            return_BU = jnp.where(turns.mask_BU, value.vtrace(return_BU, seen.open_value, ratio_BU), 0.0)
         batch = Batch(rows, turns, learnt, return_BU, seen.open_value, advantage_BT, target_BT)
         return jax.lax.stop_gradient(batch), state, metrics
 

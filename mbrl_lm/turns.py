@@ -66,9 +66,9 @@ def _belongs(protocol: pr.Protocol, dialogue: Dialogue, role: int, turns: int) -
     return (nth_BT[..., None] == jnp.arange(turns)[None, None]) & (dialogue.author_BT == role)[..., None]
 
 
-def total(protocol: pr.Protocol, dialogue: Dialogue, x_BT: Array, turns: int) -> Array:
-    """The sum over the user's reply to each of U turns, the token that closes it included."""
-    at_BTU = _belongs(protocol, dialogue, pr.USER, turns)
+def total(protocol: pr.Protocol, dialogue: Dialogue, x_BT: Array, turns: int, role: int = pr.USER) -> Array:
+    """The sum over the user's reply to each of U turns, or over the turn itself, the token that closes it included."""
+    at_BTU = _belongs(protocol, dialogue, role, turns)
     return jnp.sum(jnp.where(at_BTU, x_BT[..., None], jnp.zeros((), x_BT.dtype)), axis=1)
 
 

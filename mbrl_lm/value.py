@@ -51,10 +51,12 @@ def cross_entropy(logits_W: Array, target: Array, centres_W: np.ndarray) -> Arra
     return -jnp.sum(target_W * jax.nn.log_softmax(logits_W), axis=-1)
 
 
-def lambda_returns(r_U: Array, next_v_U: Array, discount_U: Array, mask_U: Array, lambda_: float) -> Array:
+def lambda_returns(
+    r_U: Array, next_v_U: Array, discount_U: Array, mask_U: Array, lambda_: float, ratio_U: Array | None = None
+) -> Array:
     """Returns over the turns of one dialogue (Sutton & Barto 2018, eq. 12.2, over turns instead of steps):
 
-        R_u = r_u + g_u [(1 - lambda) V_{u+1} + lambda R_{u+1}]
+        R_u = r_u + g_u [V_{u+1} + lambda rho_{u+1} (R_{u+1} - V_{u+1})]
 
     and R_{u+1} = V_{u+1} where turn u + 1 is no whole transition: a truncation keeps its bootstrap.
 
@@ -64,19 +66,36 @@ def lambda_returns(r_U: Array, next_v_U: Array, discount_U: Array, mask_U: Array
       discount_U: g_u, 0 after a true end.
       mask_U: bool, whole transitions; elsewhere the result is 0.
       lambda_: 1 = Monte Carlo, 0 = one-step bootstrap.
+      ratio_U: rho_u = min(1, pi / b) of each turn, for dialogues that another policy wrote: what followed counts as far as
+        this policy would have followed, too. With it V_u + rho_u (R_u - V_u) is the V-trace target (`vtrace`). None: ones.
     """
-    chex.assert_rank([r_U, next_v_U, discount_U, mask_U], 1)
-    chex.assert_equal_shape([r_U, next_v_U, discount_U, mask_U])
+    ratio_U = jnp.ones_like(r_U) if ratio_U is None else ratio_U
+    chex.assert_rank([r_U, next_v_U, discount_U, mask_U, ratio_U], 1)
+    chex.assert_equal_shape([r_U, next_v_U, discount_U, mask_U, ratio_U])
 
     def step(later, x):
-        return_after, mask_after = later
-        r, v, g, mask = x
+        return_after, mask_after, ratio_after = later
+        r, v, g, mask, ratio = x
         tail = jnp.where(mask_after, return_after, v)
-        R = jnp.where(mask, r + g * ((1 - lambda_) * v + lambda_ * tail), 0.0)
-        return (R, mask), R
+        R = jnp.where(mask, r + g * (v + lambda_ * ratio_after * (tail - v)), 0.0)
+        return (R, mask, ratio), R
 
-    start = (jnp.zeros((), r_U.dtype), jnp.zeros((), bool))
-    return jax.lax.scan(step, start, (r_U, next_v_U, discount_U, mask_U), reverse=True)[1]
+    start = (jnp.zeros((), r_U.dtype), jnp.zeros((), bool), jnp.ones((), r_U.dtype))
+    return jax.lax.scan(step, start, (r_U, next_v_U, discount_U, mask_U, ratio_U), reverse=True)[1]
+
+
+def vtrace(return_U: Array, v_U: Array, ratio_U: Array) -> Array:
+    """What the value of an off-policy turn is learnt towards (Espeholt et al. 2018, eq. 1, with c = lambda rho):
+
+        v_u = V_u + rho_u (r_u + g_u V_{u+1} - V_u) + g_u lambda rho_u (v_{u+1} - V_{u+1}) = V_u + rho_u (R_u - V_u)
+
+    Args:
+      return_U: R_u, of `lambda_returns` with the same ratios.
+      v_U: V_u, the value of the state in which the turn opens.
+      ratio_U: rho_u.
+    """
+    chex.assert_equal_shape([return_U, v_U, ratio_U])
+    return v_U + ratio_U * (return_U - v_U)
 
 
 def return_range(return_BU: Array, mask_BU: Array) -> tuple[Array, Array]:

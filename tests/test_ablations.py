@@ -57,8 +57,8 @@ def test_every_group_of_the_table_is_there(plan):
 
 
 def test_a_row_that_contradicts_itself_is_named(monkeypatch):
-    monkeypatch.setattr(ablations, "MODEL_FREE", {"imagine.batch": 3})
-    with pytest.raises(config.ConfigError, match="row 1_model_free: imagine.batch must be a multiple"):
+    monkeypatch.setattr(ablations, "MODEL_FREE", {"imagine.openings": 3.0})
+    with pytest.raises(config.ConfigError, match="row 1_model_free: imagine.openings is a part"):
         ablations.make_plan(VARIANT)
 
 

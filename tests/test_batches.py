@@ -49,6 +49,13 @@ def test_short_dialogues_come_in_narrow_batches_of_as_many_tokens():
         assert (batch.author_BT != protocol.END).sum(axis=1).max() <= batch.token_BT.shape[1]
 
 
+def test_rows_come_in_fours_where_those_of_full_width_do():
+    mixed = dialogues([3] * 40 + [12] * 8)
+    shapes = {batches(mixed, 0, 4, widths=(5, 7))(k).token_BT.shape for k in range(4)}
+    assert shapes == {(12, 5), (4, 16)}  # 64 tokens are twelve rows of five and a few more
+    assert {batches(mixed, 0, 3, widths=(5,))(k).token_BT.shape for k in range(4)} == {(9, 5), (3, 16)}
+
+
 def test_a_width_of_too_few_rows_is_merged_into_the_next():
     mixed = dialogues([3] * 3 + [7] * 9 + [12])
     batch_at = batches(mixed, 0, 2, widths=(4, 8))

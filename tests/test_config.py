@@ -6,11 +6,12 @@ from mbrl_lm import config
 
 CONTRADICTIONS = [
     ("concierge", {"model.heads": 3}, "model.heads must divide"),
-    ("concierge", {"widths": (7,)}, "each of widths must divide tokens"),
+    ("concierge", {"widths": (0,)}, "widths are numbers of tokens"),
+    ("concierge", {"widths": (1000,)}, "widths are numbers of tokens"),
     ("concierge", {"train.supervised_steps": 0, "train.rl_steps": 0}, "are both 0"),
     ("concierge", {"imagine.reward": ""}, "need imagine.reward"),
     ("concierge", {"imagine.reward": "split"}, "reads the outcome of deal_or_no_deal"),
-    ("concierge", {"imagine.batch": 33}, "multiple of train.rl_batch"),
+    ("concierge", {"imagine.openings": 1.5}, "imagine.openings is a part"),
     ("concierge", {"imagine.candidates": 5}, "imagine.candidates must divide"),
     ("concierge", {"imagine.user": "nobody"}, "imagine.user is live, frozen, population or oracle"),
     ("concierge", {"imagine.refresh": 0}, "at least 1"),

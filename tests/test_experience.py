@@ -68,6 +68,16 @@ def test_every_real_dialogue_is_counted(made):
     assert all((x == y).all() for x, y in zip(real.__dict__.values(), again.__dict__.values(), strict=True))
 
 
+def test_what_is_imagined_from_is_drawn_for_itself(made):
+    experience, state, _ = made(imagine__batch=2 * ROWS, imagine__candidates=2)
+    experience.collect(state, KEY)
+    drawn = [(experience.prompts(k).uid_B.tolist(), experience.batch(k).uid_B.tolist()) for k in range(4)]
+    assert all(len(prompts) == ROWS for prompts, _ in drawn) and any(a != b for a, b in drawn)
+    assert drawn[2][0] == experience.prompts(2).uid_B.tolist()
+    collected_B = experience.prompts(0).sampled_BT.any(axis=1)
+    assert collected_B.tolist() == [False] * (ROWS // 2) + [True] * (ROWS // 2)
+
+
 def test_without_a_true_user_all_is_recorded(made):
     experience, state, corpus = made(collect__every=0)
     real = experience.batch(0)

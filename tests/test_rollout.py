@@ -11,6 +11,7 @@ from tiny import TURN_TOKENS, dialogue, largest_difference, noisy, random_dialog
 from mbrl_lm import protocol as pr
 from mbrl_lm import rollout
 from mbrl_lm.scoring import policy_logits, score
+from mbrl_lm.turns import openings
 
 T, B = 24, 20
 TEMPERATURE = np.array([1.0, 0.6, 1.5, 0.8, 1.0], np.float32)  # by role
@@ -184,6 +185,19 @@ def test_prompts_from_an_opening_end_where_the_assistant_is_about_to_speak():
     kept_BT = np.arange(T)[None] < length_B[:, None]
     assert (np.asarray(prompt.token_BT) == np.where(kept_BT, whole.token_BT, pr.PAD)).all()
     assert not prompt.reward_BU.any()
+
+
+def test_some_of_the_prompts_end_where_the_assistant_first_speaks():
+    protocol = writer("chat")[0].protocol
+    whole = random_dialogues(protocol, 8, 400, T)
+    opens_BT = np.asarray(openings(protocol, whole))
+    several_B = opens_BT.sum(axis=1) > 1
+    firsts = []
+    for share in (0.0, 0.5, 1.0):
+        prompt = rollout.from_an_opening(protocol, whole, jax.random.key(0), share)
+        first_B = np.asarray(rollout.prompt_lengths(prompt)) == np.argmax(opens_BT, axis=1) + 1
+        firsts.append(first_B[several_B].mean())
+    assert firsts[2] == 1 and abs(firsts[1] - (1 + firsts[0]) / 2) < 0.1 and firsts[0] < 0.6
 
 
 def test_it_reads_its_parameters():

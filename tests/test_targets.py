@@ -10,6 +10,7 @@ from tiny import config_of, dialogue, take, tokens, written
 from mbrl_lm import learner, targets, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
+from mbrl_lm.scoring import score
 from mbrl_lm.turns import find_turns, total
 from mbrl_lm.types import Heads
 
@@ -90,6 +91,50 @@ def test_returns_of_real_and_of_imagined_dialogues():
     np.testing.assert_allclose(batch.slow_value_BU, np.full((2, 3), 2.0), rtol=1e-5)
     assert [int(x) for x in metrics["train/kept"]] == [3, 3]
     assert mask(batch, "policy_imagined") == [3, 4, 7, 8, 11, 12]
+
+
+def test_what_followed_in_real_dialogues_counts_as_far_as_the_policy_would_have_followed():
+    """Who wrote the second turn was twice as sure of it as the policy is, and half as sure of the third."""
+    net = told_net(**KNOWS)
+    sure = written(rows()).replace(reward_BU=rows().reward_BU)
+    behaviour = score(net, CHAT, net.init(KEY), sure).logp_BT
+    behaviour_BT = behaviour.at[:, 7].add(LN2).at[:, 11].add(-LN2)
+    batch, _, _ = built(net, real=sure.replace(logp_BT=behaviour_BT), returns__vtrace=True)
+    third = 0.5
+    second = 0.25 + G * third
+    first = G * (2.0 + 0.5 * (second - 2.0))  # the second turn was twice as likely as under the policy
+    towards = [first, 2.0 + 0.5 * (second - 2.0), third]  # values: all turns open at 2
+    np.testing.assert_allclose(batch.return_BU, [towards, WHOLE], rtol=1e-5)
+    same, _, _ = built(net, real=sure.replace(logp_BT=behaviour), returns__vtrace=True)
+    np.testing.assert_allclose(same.return_BU, [REAL, WHOLE], rtol=1e-5)
+
+
+# ---- rows of like length ----
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_of_like_length_come_together(parts):
+    texts = ["bos >a stop", THREE, "bos a >a b stop", "bos >a a b c stop", "bos a stop", THREE, "bos stop", "bos >a b stop"]
+    d = dialogue(CHAT, texts, T=16, U=3)
+    order_B = targets.by_length(d, parts)
+    assert sorted(order_B.tolist()) == list(range(8))
+    length_PB = np.asarray(targets.split_rows(jnp.sum(d.author_BT != pr.END, axis=1)[order_B], parts))
+    assert (length_PB.max(axis=1)[:-1] <= length_PB.min(axis=1)[1:]).all()
+
+
+@pytest.mark.parametrize("text, width", [("bos >a stop", 3), ("bos >a a stop", 5), ("bos >a a b stop", 5), (THREE, 16)])
+def test_no_more_tokens_are_computed_on_than_there_are(text, width):
+    seen = []
+
+    def function(tree):
+        seen.append(tree[0].shape)
+        return jnp.sum(tree[0]), jnp.int32(tree[0].shape[1]), jnp.sum(tree[1])
+
+    d = dialogue(CHAT, [text, "bos stop"], T=16, U=3)
+    tree = ((d.author_BT != pr.END).astype(jnp.int32), jnp.arange(6).reshape(2, 3))
+    total, used, others = jax.jit(lambda d, tree: targets.narrowed(function, (5, 3, 40), d, tree))(d, tree)
+    assert (int(total), int(used), int(others)) == (len(text.split()) + 2, width, 15)
+    assert set(seen) == {(2, 3), (2, 5), (2, 16)}
 
 
 # ---- guards ----

@@ -65,6 +65,13 @@ def test_spread_gives_each_assistant_token_its_turns_value():
     assert ((spread > 0) == turns_lib.spread(CHAT, d, x_BU > 0)).all()
 
 
+def test_total_sums_over_the_replies_or_over_the_turns_themselves():
+    d = dialogue(CHAT, ["bos a >u b >a c d >u e >a f >u stop", "bos >a c >u leave"], T=14, U=3)
+    x_BT = jnp.broadcast_to(2.0 ** jnp.arange(14), (2, 14))
+    assert turns_lib.total(CHAT, d, x_BT, 3).tolist() == [[2**8 + 2**9, 2**12, 0], [2**4, 0, 0]]
+    assert turns_lib.total(CHAT, d, x_BT, 3, pr.ASSISTANT).tolist() == [[2**5 + 2**6 + 2**7, 2**10 + 2**11, 0], [12, 0, 0]]
+
+
 def test_turns_that_are_left_out_spread_nothing():
     d = dialogue(CHAT, ["bos >a >u >a >u >a >u stop"], T=8, U=2)
     assert turns_lib.spread(CHAT, d, jnp.array([[1.0, 2.0]])).tolist() == [[0, 0, 1, 0, 2, 0, 0, 0]]

@@ -10,9 +10,10 @@ from mbrl_lm import value
 CENTRES = value.bin_centres(5, float(np.log(3)))  # symexp of -log 3, -log 3 / 2, 0, ...: -2, -0.732, 0, 0.732, 2
 
 
-def returns(r, next_v, discount, mask, lambda_):
+def returns(r, next_v, discount, mask, lambda_, ratio=None):
     arrays = [jnp.array(x, jnp.float32) for x in (r, next_v, discount)]
-    return np.asarray(value.lambda_returns(*arrays, jnp.array(mask, bool), lambda_))
+    ratio = None if ratio is None else jnp.array(ratio, jnp.float32)
+    return np.asarray(value.lambda_returns(*arrays, jnp.array(mask, bool), lambda_, ratio))
 
 
 def test_bin_centres():
@@ -99,6 +100,27 @@ def test_lambda_returns_are_the_weighted_sum_of_n_step_returns(start):
         n_step.append(total + weight * v[last])
     weights = [(1 - lambda_) * lambda_**k for k in range(n - start - 1)] + [lambda_ ** (n - start - 1)]
     np.testing.assert_allclose(returns(r, v, g, [1] * 6, lambda_)[start], np.dot(weights, n_step), rtol=1e-5)
+
+
+def test_what_followed_counts_as_far_as_the_policy_would_have_followed():
+    # R_2 = 4 + 0.5 * 10 = 9;  R_1 = 2 + 0.5 (6 + 0.5 * 0.25 (9 - 6)) = 5.1875;  R_0 = 1 + 0.5 (8 + 0.5 * 0.75 (5.1875 - 8))
+    r = returns([1, 2, 4], [8, 6, 10], [0.5] * 3, [1, 1, 1], 0.5, [0.1, 0.75, 0.25])
+    np.testing.assert_allclose(r, [4.47265625, 5.1875, 9.0])
+    one = returns([1, 2, 4], [8, 6, 10], [0.5] * 3, [1, 1, 1], 0.5, [1.0] * 3)
+    assert one.tolist() == returns([1, 2, 4], [8, 6, 10], [0.5] * 3, [1, 1, 1], 0.5).tolist()
+
+
+def test_vtrace_is_the_recursion_of_its_source():
+    rng = np.random.default_rng(1)
+    r, g, ratio, lambda_ = rng.normal(size=5), rng.uniform(0.5, 1, 5), rng.uniform(0, 1, 5), 0.8
+    v = rng.normal(size=6)  # of the states 0 ... 5
+    target = np.append(np.zeros(5), v[5])
+    for u in reversed(range(5)):
+        delta = ratio[u] * (r[u] + g[u] * v[u + 1] - v[u])
+        target[u] = v[u] + delta + g[u] * lambda_ * ratio[u] * (target[u + 1] - v[u + 1])
+    return_U = returns(r, v[1:], g, [1] * 5, lambda_, ratio)
+    found = value.vtrace(*(jnp.asarray(x, jnp.float32) for x in (return_U, v[:5], ratio)))
+    np.testing.assert_allclose(found, target[:5], rtol=1e-4)
 
 
 def test_turns_that_are_no_transitions_have_no_return_and_are_not_seen():

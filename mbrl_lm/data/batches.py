@@ -1,5 +1,6 @@
 """The batch of a step, as a pure function of (seed, step): resuming needs no iterator state."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -9,6 +10,8 @@ from mbrl_lm import config
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.records import DataError
 from mbrl_lm.types import Dialogue
+
+ROWS = 4  # a batch is divided over micro-batches and devices
 
 
 def text_batches(cfg: config.Config, seed: int, dialogues: Dialogue, renamed: Dialogue | None) -> Callable[[int], Dialogue]:
@@ -54,17 +57,17 @@ def batches(dialogues: Dialogue, seed: int, batch: int, widths: Sequence[int] = 
     """Batches of dialogues of like length, so that little of them is padding.
 
     A row goes to the narrowest width that holds it. A batch of half the width has twice the rows: the same number of tokens,
-    padding included. Every epoch visits each row at most once, in an order of its own, and leaves out what does not fill a
-    batch.
+    padding included, or a few less, since rows come in fours where those of full width do. Every epoch visits each row at
+    most once, in an order of its own, and leaves out what does not fill a batch.
 
     Args:
       dialogues: numpy arrays of B' rows and T tokens.
       seed: of the order, at least 0.
       batch: rows of a batch of full width.
-      widths: narrower ones than T, each a divisor of it.
+      widths: narrower ones than T.
 
     Returns:
-      batch_at: step -> Dialogue of `batch` * T / width rows and `width` tokens.
+      batch_at: step -> Dialogue of about `batch` * T / width rows and `width` tokens.
 
     Raises:
       DataError: if there are fewer rows than a batch takes.
@@ -74,7 +77,8 @@ def batches(dialogues: Dialogue, seed: int, batch: int, widths: Sequence[int] = 
     narrower = 0
     for width in sorted({*widths, T}):
         rows = np.flatnonzero((length_B > narrower) & (length_B <= width))
-        size = batch * (T // width)
+        size = batch * T // width
+        size -= size % math.gcd(batch, ROWS)
         if len(rows) >= size or width == T:
             groups.append((width, size, rows))
             narrower = width
