@@ -113,7 +113,8 @@ def test_the_small_table_names_everybody_and_leaves_gaps_for_what_is_not_there(t
 
 def test_groups_and_names_are_selected_in_the_order_of_the_table(plan):
     assert ablations.select(plan, "6,5_none,1b_model_free") == [
-        "full", "1b_model_free", "2_nll_1", "6_horizon_0", "6_horizon_1", "6_horizon_2", "6_horizon_end",
+        "full", "1b_model_free", "2_nll_1", "6_horizon_0", "6_horizon_1", "6_horizon_2", "6_horizon_end", "6_openings_0",
+        "6_openings_100",
     ]  # fmt: skip
     assert ablations.select(plan, "1") == ["1_model_free", "1b_model_free"]
     assert ablations.select(plan, "all") == [name for name, runs in plan.runs.items() if name == runs]
