@@ -9,7 +9,7 @@ import jax
 
 from mbrl_lm import app, evaluation_report, judge, trained, yardsticks
 from mbrl_lm.data.encode import decode
-from mbrl_lm.envs.concierge import TEST_UIDS
+from mbrl_lm.envs.concierge import TEST_UIDS, habits
 from mbrl_lm.envs.learned_user import LearnedUser
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.evaluation import Evaluation, language_drift
@@ -31,6 +31,12 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     app.say("the learned user against the exact one")
     talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows=64)
     induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
+    told = {"true": induced}
+    if cfg.imagine.reward:
+        told["imagined"] = imagination.imagined(params, talk.openings(uids, "train"), judge.temperatures(cfg), key)[1]
+    for where, dialogues in told.items():
+        spoken = [(record.context, record.spoken) for record in decode(dialogues, corpus.tokenizer)]
+        figures |= {f"habits/{where}/{name}": x for name, x in habits(spoken).items()}
     compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
     for where, dialogues in (("recorded", corpus.val), ("policy", induced)):
         told = compare.report(decode(dialogues, corpus.tokenizer)[: len(uids)], "train", cfg.noise)

@@ -27,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [[ $# -gt 0 ]]; then
   job=(experiments.dream --workdir="$ROOT/runs/$name" "$@")
 else
-  job=(experiments.ablations --rows=main --workdir="$ROOT/runs/concierge")
+  job=(experiments.ablations --rows=main --variant=short --workdir="$ROOT/runs/concierge")
 fi
 # -P: a folder named `experiments` where the command was given is not meant
 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -P -m "${job[@]}"

@@ -275,7 +275,7 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "tokenizer.kind": "unigram",
     "train.supervised_steps": 1000,
 }
-CONCIERGE = {  # 2,000 logged and 500 online dialogues; seven minutes on one core
+CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core, half of it in a start that rows share
     "places": (4, 5),
     "val_logs": 300,
     "tokens": 168,
@@ -315,6 +315,11 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; seven minutes on one cor
     "eval.dialogues": 256,
     "checkpoint_every": 750,
 }
+SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
+    "train.supervised_steps": 1000,
+    "train.rl_steps": 150,
+    "collect.every": 3,
+}
 LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for them
     "places": (4, 8),
     "logs": 16000,
@@ -336,8 +341,11 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
 PRESETS = {
     "concierge": {
         "default": CONCIERGE,
+        "short": SHORT,
         "large": LARGE,
-        "tiny": LARGE | TINY | {"logs": 200, "val_logs": 50, "tokens": 176, "widths": (88,), "train.rl_batch": 0},
+        "tiny": LARGE
+        | TINY
+        | {"logs": 200, "val_logs": 50, "tokens": 176, "widths": (88,), "train.rl_batch": 0, "train.averaged": True},
     },
     "deal_or_no_deal": {"default": NEGOTIATION, "paper": PAPER, "tiny": NEGOTIATION | TINY | {"collect.every": 0}},
     **{name: {"default": CHAT, "tiny": CHAT | TINY | NO_RL} for name in ("multiwoz", "sgd", "chat_jsonl")},

@@ -36,6 +36,7 @@ USER = {
     "discriminator_auc": "AUC of a fresh discriminator",
 }  # fmt: skip
 WHERE = {"recorded": "recorded dialogues", "policy": "dialogues of the policy"}
+HABITS = {"true": "true user", "imagined": "learned user"}
 FOOLED = {
     "true_user_true_reward": "true user", "learned_user_true_reward": "learned user, true reward",
     "learned_user_learned_reward": "learned user, learned reward",
@@ -66,6 +67,14 @@ def tables(figures: Figures) -> dict[str, str]:
     policy = [(name, POLICY[name]) for name in POLICY] + [(f"true/success/{kind}", f"success, {kind}") for kind in kinds]
     scripted = _parts(figures, r"scripted/(\w+)/return$")
     fooled = _parts(figures, r"fooled/(\w+)/true_user_true_reward$")
+    left = sorted({int(k) for k in _parts(figures, r"habits/\w+/offers/left_(\d+)$")})
+    counts = {"asks": "questions a dialogue", "offers": "offers a dialogue"}
+    counts |= {"contradictory": "turns before which what the user said fits no place"}
+    for k in left:
+        counts |= {
+            f"offers/left_{k}": f"of the offers, with {k} places left",
+            f"fits/left_{k}": f"of these, of a place left ({k})",
+        }
     hidden = sorted({int(k) for k in _parts(figures, r"user/\w+/turn_nll/hidden_(\d+)$")})
     by_turn = sorted({int(u) for u in _parts(figures, r"user/\w+/turn_nll/turn_(\d+)$")})
     against = [f"{what}, {WHERE[where]}" for where in WHERE for what in ("learned", "floor")]
@@ -83,6 +92,10 @@ def tables(figures: Figures) -> dict[str, str]:
              ("true user", *(cell(figures, f"true/{x}") for x in ("learned_return", "return")))],
         ),
         "The gap and its parts": table(("", "return"), [(label, cell(figures, name)) for name, label in GAP.items()]),
+        "What the policy finds out before it offers, with either user": table(
+            ("", *HABITS.values()),
+            [(label, *(cell(figures, f"habits/{where}/{name}") for where in HABITS)) for name, label in counts.items()],
+        ),
         "Scripted assistants with the true user": table(
             ("", "success", "return"),
             [(name, *(cell(figures, f"scripted/{name}/{x}") for x in ("success", "return"))) for name in scripted],

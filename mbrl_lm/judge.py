@@ -108,6 +108,13 @@ def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dic
     }
 
 
+def temperatures(cfg: config.Config) -> np.ndarray:
+    """Of each role where the policy is judged in imagination: the imagined user is as it is."""
+    temperature_R = np.ones(len(pr.ROLES), np.float32)
+    temperature_R[pr.ASSISTANT] = cfg.eval.temperature
+    return temperature_R
+
+
 class ConciergeJudge:
     """The embedded environment's true user, all types, those held out of training included."""
 
@@ -134,10 +141,8 @@ class ConciergeJudge:
         for name in told + components:
             figures |= interval(f"true/{name}", column[name].astype(np.float64))
         if self._imagination:
-            temperature_R = np.ones(len(pr.ROLES), np.float32)
-            temperature_R[pr.ASSISTANT] = temperature
             openings = self._user.openings(uids, "test")
-            imagined, told_B = self._imagination.imagined(params, openings, temperature_R, key)
+            imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key)
             figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
             records = decode(told_B, self._tokenizer)
             figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])

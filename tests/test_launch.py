@@ -60,7 +60,7 @@ def test_flags_go_on_to_the_experiment_as_they_are(clone):
     assert done.returncode == 0, done.stderr
     run = f"-P -m experiments.dream --workdir={clone.root}/runs/dream-deal_or_no_deal-paper"
     assert log[-1] == f"{run} --config.data=deal_or_no_deal --config.data_dir=a b --variant=paper"
-    main = f"-P -m experiments.ablations --rows=main --workdir={clone.root}/runs/concierge"
+    main = f"-P -m experiments.ablations --rows=main --variant=short --workdir={clone.root}/runs/concierge"
     assert clone("launch/local.sh")[1][-1] == main
 
 

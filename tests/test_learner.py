@@ -342,6 +342,15 @@ def test_begin_rl_freezes_copies_of_the_policy():
     assert begun.step == state.step and largest_difference(begun.opt_state, state.opt_state) == 0
 
 
+def test_a_likelihood_phase_may_end_with_its_average():
+    w = learner_world()
+    state = learner.init_state(w.net, optax.adam(1e-2), jax.random.key(0)).replace(params=w.params)
+    settled = learner.settle(state)
+    assert largest_difference(settled.params, state.target) == 0 and largest_difference(settled.params, w.params) > 0.1
+    leaves = jax.tree.leaves((settled.params, settled.target))
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)  # a donated state must not hold an array twice
+
+
 def test_the_trust_region_is_around_the_slow_parameters():
     w, key = learner_world(), jax.random.key(0)
     state = learner.init_state(w.net._replace(init=lambda key: w.params), optax.sgd(1.0), key, w.cfg.turns)
