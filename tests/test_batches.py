@@ -51,8 +51,8 @@ def test_short_dialogues_come_in_narrow_batches_of_as_many_tokens():
 
 def test_rows_come_in_fours_where_those_of_full_width_do():
     mixed = dialogues([3] * 40 + [12] * 8)
-    shapes = {batches(mixed, 0, 4, widths=(5, 7))(k).token_BT.shape for k in range(4)}
-    assert shapes == {(12, 5), (4, 16)}  # 64 tokens are twelve rows of five and a few more
+    shapes = {batches(mixed, 0, 4, widths=(6, 7))(k).token_BT.shape for k in range(4)}
+    assert shapes == {(8, 6), (4, 16)}  # 64 tokens are ten rows of six and a few more
     assert {batches(mixed, 0, 3, widths=(5,))(k).token_BT.shape for k in range(4)} == {(9, 5), (3, 16)}
 
 

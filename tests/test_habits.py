@@ -21,14 +21,15 @@ def test_offers_by_the_places_that_are_left():
             said("hello , i need a place", "what about iris , a grill ?", "no , a bar", "i suggest iris , a grill", ""),
             said("hello", "which price would you like ?", "something dear", "i suggest gusto , a bar", "yes , book it"),
             said("hello", "which price would you like ?", "something cheap", "i suggest gusto , a bar", "ok"),
+            said("hello", "what about iris , a grill ?", "no , not that one", "i suggest gusto , a bar", "ok"),
         ]
     )
     assert found == pytest.approx(
         {
-            "asks": 2 / 3, "offers": 4 / 3, "contradictory": 1 / 6,
-            "offers/left_0": 1 / 4, "fits/left_0": 0,  # nothing is cheap
-            "offers/left_1": 1 / 4, "fits/left_1": 0,  # the grill again, for a bar
-            "offers/left_2": 1 / 4, "fits/left_2": 1, "offers/left_3": 1 / 4, "fits/left_3": 1,
+            "asks": 2 / 4, "offers": 6 / 4, "contradictory": 1 / 8,
+            "offers/left_0": 1 / 6, "fits/left_0": 0,  # nothing is cheap
+            "offers/left_1": 1 / 6, "fits/left_1": 0,  # the grill again, for a bar
+            "offers/left_2": 2 / 6, "fits/left_2": 1, "offers/left_3": 2 / 6, "fits/left_3": 1,
         }
     )  # fmt: skip
 
