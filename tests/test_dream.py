@@ -188,7 +188,7 @@ def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_one(whole, resumed):
     assert results(resumed[0]) | clock == results(whole[0]) | clock
 
 
-def last_checkpoint(workdir):
+def last_checkpoint(workdir, at=8):
     """Everything in the newest checkpoint: the train state and the replay."""
     cfg = config.Config()
     saved = json.loads((workdir / "config.json").read_text())
@@ -198,7 +198,7 @@ def last_checkpoint(workdir):
     shapes = sharding.abstract(jax.eval_shape(init, jax.random.key(0)), one_device())
     with Checkpoints(workdir / "checkpoints", 3) as checkpoints:
         step, state, arrays, meta = checkpoints.restore(shapes, Replay(cfg.collect.capacity, cfg.tokens, cfg.turns).arrays())
-    assert step == 8 and meta["wall_s"] > 0
+    assert step == at and meta["wall_s"] > 0
     return state, arrays
 
 
@@ -220,6 +220,9 @@ def test_another_config_is_refused_by_name(whole):
 
 def test_a_run_begun_with_anothers_likelihood_phase_is_the_run_that_learnt_it_itself(whole, tmp_path):
     run(tmp_path / "start", CONCIERGE | {"train.rl_steps": 0, "checkpoint_every": 100, "loss.kl": 0.7})
+    state, _ = last_checkpoint(tmp_path / "start", at=3)
+    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.target), strict=True)
+    assert all((a == b).all() for a, b in leaves), "it ends with the average of its parameters"
     workdir, seconds = tmp_path / "w", results(tmp_path / "start")["wall_s"]
     run(workdir, CONCIERGE | {"start": tmp_path / "start"})
     own, others = ([row for row in lines(path) if row["step"] > 3] for path in (workdir, whole[0]))
