@@ -18,11 +18,12 @@ import optax
 
 from mbrl_lm import config, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
+from mbrl_lm.micro_batches import by_length, narrowed, split_rows
 from mbrl_lm.nn import Net
 from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.scoring import score
 from mbrl_lm.sharding import pjit
-from mbrl_lm.targets import Batch, by_length, make_targets, masked_sum, narrowed, split_rows
+from mbrl_lm.targets import Batch, make_targets, masked_sum
 from mbrl_lm.turns import gather
 from mbrl_lm.types import Array, Dialogue, TrainState
 

@@ -1,7 +1,7 @@
 """What an update learns towards, computed once before the gradient: imagined rewards, guards, returns, advantages, masks."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import flax.struct
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from mbrl_lm import config, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.advantage import advantages
+from mbrl_lm.micro_batches import by_length, merge_rows, narrowed, split_rows
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
-from mbrl_lm.sharding import constrain
 from mbrl_lm.turns import find_turns, gather, spread, total
 from mbrl_lm.types import Array, Dialogue, Heads, Params, TrainState, Turns
 
@@ -46,47 +46,6 @@ def masked_sum(x: Array, mask: Array) -> Array:
     """The one masked reduction: elements outside the mask count nothing, whatever they hold."""
     chex.assert_equal_shape([x, mask])
     return jnp.sum(jnp.where(mask, x, 0.0))
-
-
-def split_rows(tree: Any, parts: int) -> Any:
-    """(B, ...) -> (parts, B / parts, ...), every part spread over all devices as the whole was."""
-
-    def split(x):
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, "LB" + "_" * (x.ndim - 2))
-
-    return jax.tree.map(split, tree)
-
-
-def merge_rows(tree: Any) -> Any:
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def by_length(dialogue: Dialogue, parts: int) -> Array:
-    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part."""
-    length_B = jnp.sum(dialogue.author_BT != pr.END, axis=1)
-    return jnp.argsort(length_B).reshape(parts, -1).T.reshape(-1)
-
-
-def narrowed(function: Callable[[Any], Any], widths: Sequence[int], dialogue: Dialogue, tree: Any) -> Any:
-    """function(tree), computed on no more tokens than the rows have: on the narrowest of `widths` that holds them all.
-
-    Args:
-      function: of a tree of arrays (B, T, ...) and others; its result must not hang on padding, nor its shape on T.
-      widths: numbers of tokens; those below T are compiled beside it, and which one runs is found out at run time.
-      dialogue: the rows, which say how long they are.
-      tree: what is narrowed.
-    """
-    T = dialogue.token_BT.shape[1]
-    widths = [*(w for w in sorted(widths) if w < T), T]
-
-    def narrow(width):
-        return lambda x: x[:, :width] if x.ndim > 1 and x.shape[1] == T else x
-
-    longest = jnp.max(jnp.sum(dialogue.author_BT != pr.END, axis=1))
-    branches = [lambda tree, width=width: function(jax.tree.map(narrow(width), tree)) for width in widths]
-    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), longest), branches, tree)
 
 
 def masks(

@@ -17,6 +17,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "rollout": 3,
     "turns": 3,
     "world_model": 4,
+    "micro_batches": 4,
     "policy": 4,
     "advantage": 4,
     "value": 4,

@@ -1,0 +1,38 @@
+"""Parts of an update: rows of like length, and no more tokens than they have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import dialogue
+
+from mbrl_lm import micro_batches
+from mbrl_lm import protocol as pr
+
+CHAT = pr.make_protocol("chat", pr.FIRST_PIECE + 8)
+LONG = "bos e >a a >u b >a c >u h >a d >u b stop"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_of_like_length_come_together(parts):
+    texts = ["bos >a stop", LONG, "bos a >a b stop", "bos >a a b c stop", "bos a stop", LONG, "bos stop", "bos >a b stop"]
+    d = dialogue(CHAT, texts, T=16, U=3)
+    order_B = micro_batches.by_length(d, parts)
+    assert sorted(order_B.tolist()) == list(range(8))
+    length_PB = np.asarray(micro_batches.split_rows(jnp.sum(d.author_BT != pr.END, axis=1)[order_B], parts))
+    assert (length_PB.max(axis=1)[:-1] <= length_PB.min(axis=1)[1:]).all()
+
+
+@pytest.mark.parametrize("text, width", [("bos >a stop", 3), ("bos >a a stop", 5), ("bos >a a b stop", 5), (LONG, 16)])
+def test_no_more_tokens_are_computed_on_than_there_are(text, width):
+    seen = []
+
+    def function(tree):
+        seen.append(tree[0].shape)
+        return jnp.sum(tree[0]), jnp.int32(tree[0].shape[1]), jnp.sum(tree[1])
+
+    d = dialogue(CHAT, [text, "bos stop"], T=16, U=3)
+    tree = ((d.author_BT != pr.END).astype(jnp.int32), jnp.arange(6).reshape(2, 3))
+    total, used, others = jax.jit(lambda d, tree: micro_batches.narrowed(function, (5, 3, 40), d, tree))(d, tree)
+    assert (int(total), int(used), int(others)) == (len(text.split()) + 2, width, 15)
+    assert set(seen) == {(2, 3), (2, 5), (2, 16)}
