@@ -242,8 +242,10 @@ def make_update(
                 return jax.tree.map(jnp.add, carry, found), None
 
             parts = parts_of(batch.return_BU.shape[0])
-            order_B = by_length(batch.dialogue, parts)
-            ordered = jax.tree.map(lambda x: x[order_B], batch)
+            ordered = batch
+            if min(cfg.widths, default=batch.dialogue.token_BT.shape[1]) < batch.dialogue.token_BT.shape[1]:
+                order_B = by_length(batch.dialogue, parts)
+                ordered = jax.tree.map(lambda x: x[order_B], batch)
             start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
             xs = split_rows(ordered, parts), jax.random.split(key, parts)
             (gradient, total), _ = jax.lax.scan(accumulate, start, xs)
