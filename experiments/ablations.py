@@ -129,8 +129,8 @@ def _imagination(full: Config) -> list[Row]:
     replies = {"0": 0, "1": 1, "2": 2, "4": 4, "end": full.turns - 1}
     for name, count in replies.items():
         rows.append(Row(f"6_horizon_{name}", far, {"imagine.replies": count}, f"{count} imagined replies, then the value"))
-    for share_, shows in ((0.0, "prompts from all assistant points alike"), (1.0, "prompts from openings alone")):
-        rows.append(Row(f"6_openings_{share_:.0%}"[:-1], far, {"imagine.openings": share_}, shows))
+    for percent, shows in ((0, "prompts from all assistant points alike"), (100, "prompts from openings alone")):
+        rows.append(Row(f"6_openings_{percent}", far, {"imagine.openings": percent / 100}, shows))
     for imagined in (0.0, 0.5, 0.75, 0.9, 1.0):
         real = f"{1 - imagined:.0%}"
         for anchors in (False, True) if imagined else (False,):

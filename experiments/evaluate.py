@@ -31,15 +31,16 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     app.say("the learned user against the exact one")
     talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows=64)
     induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
-    told = {"true": induced}
+    induced, imagined = decode(induced, corpus.tokenizer), []
     if cfg.imagine.reward:
-        told["imagined"] = imagination.imagined(params, talk.openings(uids, "train"), judge.temperatures(cfg), key)[1]
-    for where, dialogues in told.items():
-        spoken = [(record.context, record.spoken) for record in decode(dialogues, corpus.tokenizer)]
-        figures |= {f"habits/{where}/{name}": x for name, x in habits(spoken).items()}
+        dialogues = imagination.imagined(params, talk.openings(uids, "train"), judge.temperatures(cfg), key)[1]
+        imagined = decode(dialogues, corpus.tokenizer)
+    for where, records in (("true", induced), ("imagined", imagined)):
+        found = habits([(record.context, record.spoken) for record in records]) if records else {}
+        figures |= {f"habits/{where}/{name}": x for name, x in found.items()}
     compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
-    for where, dialogues in (("recorded", corpus.val), ("policy", induced)):
-        told = compare.report(decode(dialogues, corpus.tokenizer)[: len(uids)], "train", cfg.noise)
+    for where, records in (("recorded", decode(corpus.val, corpus.tokenizer)), ("policy", induced)):
+        told = compare.report(records[: len(uids)], "train", cfg.noise)
         figures |= {f"user/{where}/{name}": x for name, x in told.items()}
     return figures
 

@@ -63,13 +63,13 @@ class Experience:
 
     def _mixture(self, recorded: Dialogue, rows: int, stream: int) -> Callable[[int], Dialogue]:
         """step -> `rows` real dialogues; streams of different numbers have nothing to do with each other."""
-        online = rows // 2 if self._cfg.collect.every else 0
-        logged_at = batches(recorded, self._cfg.seed + stream * 1_000_003, rows - online)
+        online, seed = rows // 2 if self._cfg.collect.every else 0, self._cfg.seed + stream * 1_000_003
+        logged_at = batches(recorded, seed, rows - online)
 
         def at(step: int) -> Dialogue:
             if not online:
                 return logged_at(step)
-            return join([logged_at(step), self.replay.sample(self._cfg.seed + stream * 1_000_003, step, online)])
+            return join([logged_at(step), self.replay.sample(seed, step, online)])
 
         return at
 

@@ -216,6 +216,7 @@ def make_update(
         return rows // math.gcd(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
 
     targets = make_targets(net, protocol, cfg, parts_of, rl)
+    widths = cfg.widths if rl else ()  # batches to learn by likelihood from come in dialogues of like length
 
     def update(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
         targets_key, key = jax.random.split(key)
@@ -238,14 +239,11 @@ def make_update(
                 return gradient, total
 
             def accumulate(carry, x):
-                found = narrowed(gradient_of, cfg.widths, x[0].dialogue, x) if rl else gradient_of(x)
-                return jax.tree.map(jnp.add, carry, found), None
+                return jax.tree.map(jnp.add, carry, narrowed(gradient_of, widths, x[0].dialogue, x)), None
 
             parts = parts_of(batch.return_BU.shape[0])
-            ordered = batch
-            if min(cfg.widths, default=batch.dialogue.token_BT.shape[1]) < batch.dialogue.token_BT.shape[1]:
-                order_B = by_length(batch.dialogue, parts)
-                ordered = jax.tree.map(lambda x: x[order_B], batch)
+            order_B = by_length(batch.dialogue, widths, parts)
+            ordered = jax.tree.map(lambda x: x[order_B], batch)
             start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
             xs = split_rows(ordered, parts), jax.random.split(key, parts)
             (gradient, total), _ = jax.lax.scan(accumulate, start, xs)

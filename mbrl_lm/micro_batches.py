@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import protocol as pr
+from mbrl_lm.rollout import prompt_lengths
 from mbrl_lm.sharding import constrain
 from mbrl_lm.types import Array, Dialogue
 
@@ -26,10 +26,15 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def by_length(dialogue: Dialogue, parts: int) -> Array:
-    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part."""
-    length_B = jnp.sum(dialogue.author_BT != pr.END, axis=1)
-    return jnp.argsort(length_B).reshape(parts, -1).T.reshape(-1)
+def by_length(dialogue: Dialogue, widths: Sequence[int], parts: int) -> Array:
+    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part.
+
+    Where `narrowed` has no width to choose, it is the order that they are in.
+    """
+    rows, T = dialogue.token_BT.shape
+    if len(_up_to(T, widths)) == 1:
+        return jnp.arange(rows)
+    return jnp.argsort(prompt_lengths(dialogue)).reshape(parts, -1).T.reshape(-1)
 
 
 def narrowed(function: Callable[[Any], Any], widths: Sequence[int], dialogue: Dialogue, tree: Any) -> Any:
@@ -42,11 +47,15 @@ def narrowed(function: Callable[[Any], Any], widths: Sequence[int], dialogue: Di
       tree: what is narrowed.
     """
     T = dialogue.token_BT.shape[1]
-    widths = [*(w for w in sorted(widths) if w < T), T]
+    widths = _up_to(T, widths)
 
     def narrow(width):
         return lambda x: x[:, :width] if x.ndim > 1 and x.shape[1] == T else x
 
-    longest = jnp.max(jnp.sum(dialogue.author_BT != pr.END, axis=1))
+    longest = jnp.max(prompt_lengths(dialogue))
     branches = [lambda tree, width=width: function(jax.tree.map(narrow(width), tree)) for width in widths]
     return jax.lax.switch(jnp.searchsorted(jnp.array(widths), longest), branches, tree)
+
+
+def _up_to(T: int, widths: Sequence[int]) -> list[int]:
+    return [*(width for width in sorted(widths) if width < T), T]

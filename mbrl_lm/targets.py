@@ -116,7 +116,7 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             )
 
         parts = parts_of(dialogue.token_BT.shape[0])
-        order_B = by_length(dialogue, parts)
+        order_B = by_length(dialogue, cfg.widths, parts)
         ordered = jax.tree.map(lambda x: x[order_B], (dialogue, turns))
         seen = jax.lax.map(lambda x: narrowed(one, cfg.widths, x[0], x), split_rows(ordered, parts))
         return jax.tree.map(lambda x: x[jnp.argsort(order_B)], merge_rows(seen))

@@ -17,10 +17,11 @@ LONG = "bos e >a a >u b >a c >u h >a d >u b stop"
 def test_rows_of_like_length_come_together(parts):
     texts = ["bos >a stop", LONG, "bos a >a b stop", "bos >a a b c stop", "bos a stop", LONG, "bos stop", "bos >a b stop"]
     d = dialogue(CHAT, texts, T=16, U=3)
-    order_B = micro_batches.by_length(d, parts)
+    order_B = micro_batches.by_length(d, (5,), parts)
     assert sorted(order_B.tolist()) == list(range(8))
     length_PB = np.asarray(micro_batches.split_rows(jnp.sum(d.author_BT != pr.END, axis=1)[order_B], parts))
     assert (length_PB.max(axis=1)[:-1] <= length_PB.min(axis=1)[1:]).all()
+    assert micro_batches.by_length(d, (16, 20), parts).tolist() == list(range(8)), "no width to choose"
 
 
 @pytest.mark.parametrize("text, width", [("bos >a stop", 3), ("bos >a a stop", 5), ("bos >a a b stop", 5), (LONG, 16)])
