@@ -14,8 +14,8 @@ from mbrl_lm.types import TrainState
 
 # What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
 LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "control",
-         "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.micro_batch", "checkpoint", "cpu_devices",
-         "log_every", "model.remat")  # fmt: skip
+         "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.micro_batch",
+         "checkpoint", "cpu_devices", "log_every", "model.remat")  # fmt: skip
 
 
 class Trained(NamedTuple):
