@@ -14,6 +14,7 @@ setup(
         "flax",
         "jax>=0.10",
         "matplotlib",
+        "mctx",  # Gumbel MuZero, for planning
         "ml-collections",  # --config.a.b=v flags from dataclasses
         "optax",
         "orbax-checkpoint",

@@ -204,7 +204,7 @@ def main(run: app.Run):
     app.say("loading the model")
     model = trained.load(run)
     protocol, tokenizer = model.corpus.protocol, model.corpus.tokenizer
-    speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params)
+    speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params, model.imagined_user(cfg))
     path = run.workdir / "conversations" / "train.jsonl"
     sys.stdin.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a closed terminal is Ctrl-C, too

@@ -6,6 +6,7 @@
 The same command resumes an interrupted run from W; a finished one says so. The figures of both are in BUILD_NOTES.md.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from mbrl_lm.evaluation import Evaluation
 from mbrl_lm.experience import Experience
 from mbrl_lm.loop import Loop
 from mbrl_lm.optimizer import make_optimizer
+from mbrl_lm.planner import make_planner
 from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Dialogue, TrainState
 
@@ -26,17 +28,25 @@ from mbrl_lm.types import Dialogue, TrainState
 def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainState, real: Dialogue, key) -> Dialogue:
     """Continues real dialogues from one of their assistant points: a turn, the user's imagined reply, the next turn, ...
 
-    Each point is continued `imagine.candidates` times; these rows stand together.
+    Each point is continued `imagine.candidates` times; these rows stand together. With `loss.distil` a planner chooses the
+    first turn, for the policy to imitate (expert iteration: Anthony et al. 2017).
     """
     point_key, write_key = jax.random.split(key)
     user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
     prompt = rollout.from_an_opening(protocol, real, point_key, cfg.imagine.openings)
-    prompt = jax.tree.map(lambda x: jax.numpy.repeat(x, cfg.imagine.candidates, axis=0), prompt)
-    prompt = prompt.replace(uid_B=jax.numpy.arange(cfg.imagine.batch, dtype=jax.numpy.uint32))
-    turns, temperature = max(2 * cfg.imagine.replies, 1), cfg.imagine.temperature
+    prompt = prompt.replace(uid_B=jax.numpy.arange(prompt.uid_B.shape[0], dtype=jax.numpy.uint32))
+    turns = max(2 * cfg.imagine.replies, 1)
+    temperature_R = np.full(len(pr.ROLES), cfg.imagine.temperature, np.float32)
+    temperature_R[pr.USER] = cfg.imagine.user_temperature
+    if cfg.loss.distil:
+        words = state.reference if cfg.planner.user == "reference" else user
+        plan = make_planner(cfg, net, protocol)
+        prompt = plan(state.params, prompt, jax.random.fold_in(key, 3), temperature_R, words).dialogue
+        turns -= 1
     return rollout.imagine(
-        net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=temperature, user=user
-    )
+        net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=temperature_R, user=user,
+        copies=cfg.imagine.candidates,
+    )  # fmt: skip
 
 
 def main(run: app.Run):
@@ -60,10 +70,11 @@ def main(run: app.Run):
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
     text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
-    experience = Experience(cfg, net, corpus, mesh)
+    plain = dataclasses.replace(cfg, plan="none")  # the policy itself talks and is judged; planners: experiments.evaluate
+    experience = Experience(plain, net, corpus, mesh)
 
     app.say("getting ready to judge")
-    evaluation = Evaluation(cfg, net, corpus, mesh, run.workdir)
+    evaluation = Evaluation(plain, net, corpus, mesh, run.workdir)
     take_over = functools.partial(trained.take_over, cfg, net, mesh) if cfg.start else None
     with Loop(run, mesh, learner.initialiser(cfg, net), total, experience.replay, take_over) as loop:
         for step in loop:

@@ -1,26 +1,33 @@
 """The judge of a trained run: its policy with the true user, its user model against the exact one. One command, one page.
 
     python -m experiments.evaluate --workdir=W [--config.eval.final_dialogues=512] [--config.eval.temperature=0.5]
+    python -m experiments.evaluate --workdir=W --config.plan=rollouts [--config.planner.candidates=8] ...
 
-Everything is written to W/evaluation.md with its plots, and, once the run is finished, into W/results.json.
+With a planner, the same users are talked to once more, and every turn is planned. Everything is written to W/evaluation.md
+with its plots, and, once the run is finished, into W/results.json.
 """
 
+import dataclasses
+
 import jax
+import numpy as np
 
 from mbrl_lm import app, evaluation_report, judge, trained, yardsticks
+from mbrl_lm.config import Config
 from mbrl_lm.data.encode import decode
 from mbrl_lm.envs.concierge import TEST_UIDS, habits
 from mbrl_lm.envs.learned_user import LearnedUser
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.evaluation import Evaluation, language_drift
+from mbrl_lm.types import Dialogue
 from mbrl_lm.user_report import UserReport
 
 POLICY_UIDS = TEST_UIDS[100_000:]  # users of the training types, on whom the learned user is tested
 
 
-def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
+def concierge(cfg: Config, model: trained.Trained) -> dict[str, float]:
     """What can be said only where the true user is exactly known."""
-    cfg, corpus, params = run.config, model.corpus, model.state.params
+    corpus, params = model.corpus, model.state.params
     key, uids = jax.random.key(cfg.seed), POLICY_UIDS[: cfg.eval.user_dialogues]
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
@@ -45,16 +52,32 @@ def concierge(run: app.Run, model: trained.Trained) -> dict[str, float]:
     return figures
 
 
+def planned(run: app.Run, model: trained.Trained, plain: Dialogue) -> dict[str, float]:
+    """The same with every turn planned; what that gains with the same users, and costs."""
+    cfg = run.config
+    app.say(f"the same with plan={cfg.plan}")
+    user = model.imagined_user(cfg)
+    judge_ = judge.make_judge(cfg, model.net, model.corpus, model.mesh, run.workdir, user)
+    figures, dialogues = judge_.evaluate(model.state.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues)
+    told = {f"plan/{name}": x for name, x in figures.items() if name.startswith(("true/", "partner/"))}
+    told |= {name: x for name, x in figures.items() if name.startswith("plan/")}
+    gain_B = (dialogues.reward_BU - plain.reward_BU).sum(axis=1)
+    return told | judge.interval("plan/gain", gain_B.astype(np.float64))
+
+
 def main(run: app.Run):
     model = trained.load(run)
     params, seed = model.state.params, jax.random.key(run.config.seed)
     app.say(f"judging update {model.step} of {run.workdir}")
-    evaluation = Evaluation(run.config, model.net, model.corpus, model.mesh, run.workdir)
+    plain = dataclasses.replace(run.config, plan="none")
+    evaluation = Evaluation(plain, model.net, model.corpus, model.mesh, run.workdir)
     figures, samples, dialogues = evaluation.final(params, seed)
+    if run.config.plan != "none":
+        figures |= planned(run, model, dialogues)
     if run.config.train.supervised_steps:  # else the reference is a network at its random start
         figures |= language_drift(model.net, model.corpus, model.mesh, params, model.state.reference, dialogues)
     if run.config.data == "concierge":
-        figures |= concierge(run, model)
+        figures |= concierge(plain, model)
     page = evaluation_report.write_page(run.workdir, model.step, figures, samples)
     for title, text in evaluation_report.tables(figures).items():
         app.say(f"\n{title}\n\n{text}")

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str], of_run: bool = False) -> Config:
     given = config_flags.get_override_values(FLAGS["config"])
     if of_run:
         config = read_config(pathlib.Path(WORKDIR.value or ""))
-        fixed = [name for name in given if not name.startswith("eval.") and name not in MAY_CHANGE]
+        fixed = [name for name in given if not name.startswith(("eval.", "plan")) and name not in MAY_CHANGE]
         if fixed:
             raise ConfigError(f"--config.{fixed[0]} is fixed by the run in {WORKDIR.value}: leave it out")
     else:

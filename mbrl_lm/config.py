@@ -63,6 +63,7 @@ class Loss:
     kl: float = 0.1  # beta, KL(policy || reference) on assistant tokens
     trust: float = 0.0  # the same with the slow parameters instead of the reference: a trust region that moves on
     entropy: float = 0.0
+    distil: float = 0.0  # likelihood of the turns that `plan` chooses, with which imagined dialogues then begin
 
 
 @dataclasses.dataclass
@@ -126,6 +127,7 @@ class Imagine:
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
     temperature: float = 1.0
+    user_temperature: float = 1.0  # below 1, imagined users say what is likely, and contradict themselves less
     reward: str = ""  # a name in reward.REWARDS
 
 
@@ -137,6 +139,22 @@ class Guard:
     truncation: float = 0.0  # disagreement at which an imagined dialogue is cut, in the same units; 0 = none
     discriminator: float = 0.0  # an imagined turn less likely to be real than this is cut off; 0 = none
     anchors: bool = False  # imagined returns are mapped to the real ones of the same openings
+
+
+@dataclasses.dataclass
+class Planner:
+    """How `plan` looks ahead before the assistant says something."""
+
+    candidates: int = 8  # C, turns that are considered; plan=gumbel: at every node of the tree
+    futures: int = 4  # M, imagined of each candidate
+    depth: int = 2  # imagined user replies before the value, or of the tree; 0: the value where the assistant has spoken
+    kappa: float = 0.0  # off a candidate's worth for each standard deviation of its futures
+    temperature: float = 0.0  # of the choice, by exp(worth / temperature); 0 = the best one; plan=gumbel: scale of the noise
+    iterations: int = 3  # plan=mpc: rounds
+    elites: int = 4  # plan=mpc: the best candidates, which the next round's begin like
+    simulations: int = 16  # plan=gumbel
+    budget: int = 0  # the most tokens that a decision may take, which futures or simulations are cut down to; 0 = no limit
+    user: str = "reference"  # whose words the imagined user has: those of when RL began, or live, the present ones
 
 
 @dataclasses.dataclass
@@ -185,6 +203,7 @@ class Config:
     noise: float = 0.0  # in the embedded environment, the probability of a filler before each word of a user
     signal: str = "return"  # of the embedded environment; rating: of each single reply; outcome: all at the end
     control: str = ""  # negative controls: user_gradient, on user turns, too; predictability, as a reward
+    plan: str = "none"  # how turns are chosen by programs that look at a run, and by loss.distil: rollouts, mpc, gumbel
     start: str = ""  # the directory of a run by whose likelihood phase this one begins
     tokens: int = 192  # T, of a dialogue
     widths: tuple[int, ...] = (48, 96)  # narrower batches for shorter dialogues, while both speakers are learnt
@@ -203,12 +222,14 @@ class Config:
     train: Train = field(default_factory=Train)
     imagine: Imagine = field(default_factory=Imagine)
     guard: Guard = field(default_factory=Guard)
+    planner: Planner = field(default_factory=Planner)
     collect: Collect = field(default_factory=Collect)
     partner: Partner = field(default_factory=Partner)
     eval: Eval = field(default_factory=Eval)
     mesh: Mesh = field(default_factory=Mesh)
 
 
+PLANS = ("none", "rollouts", "mpc", "gumbel")
 GROUPED = ("leave_one_out", "normalised")  # baselines over the candidates of one prompt
 
 # What differs from the defaults above. `tiny` stands beside every real variant: the same paths in seconds.
@@ -388,7 +409,7 @@ def check(cfg: Config) -> None:
     Raises:
       ConfigError: naming the first contradiction and what to change.
     """
-    model, train, imagine = cfg.model, cfg.train, cfg.imagine
+    model, train, imagine, planner = cfg.model, cfg.train, cfg.imagine, cfg.planner
     online = cfg.data == "concierge"
     negotiation = cfg.data == "deal_or_no_deal"
     rl = train.rl_steps > 0
@@ -445,6 +466,23 @@ def check(cfg: Config) -> None:
             cfg.start and not train.supervised_steps,
             "start takes a likelihood phase over: set train.supervised_steps",
         ),
+        (cfg.plan not in PLANS, f"plan is {', '.join(PLANS[:-1])} or {PLANS[-1]}"),
+        (
+            cfg.loss.distil and (cfg.plan == "none" or not imagine.batch),
+            "loss.distil imitates a planner in imagined dialogues: set plan, and imagine.batch above 0",
+        ),
+        (
+            cfg.loss.distil and (imagine.user == "oracle" or not imagine.replies),
+            "loss.distil imitates what a planner chose in imagination: set imagine.user to another than oracle, "
+            "imagine.replies above 0",
+        ),
+        (cfg.plan != "none" and not imagine.reward, f"plan={cfg.plan} asks for a reward: set imagine.reward"),
+        (
+            min(planner.candidates, planner.futures, planner.iterations, planner.elites, planner.simulations) < 1,
+            "planner.candidates, futures, iterations, elites and simulations must be at least 1",
+        ),
+        (min(planner.depth, planner.kappa, planner.temperature, planner.budget) < 0, "no planner.* may be negative"),
+        (planner.user not in ("reference", "live"), "planner.user is reference or live"),
         (cfg.guard.discriminator >= 1, "guard.discriminator is a probability below 1"),
         (cfg.guard.anchors and not cfg.collect.every, "guard.anchors needs real dialogues: set collect.every"),
         (min(imagine.population, imagine.refresh) < 1, "imagine.population and imagine.refresh must be at least 1"),
@@ -458,7 +496,7 @@ def check(cfg: Config) -> None:
         (train.rl_epochs < 1, "train.rl_epochs must be at least 1"),
         (cfg.world_model.loss not in ("nll", "mae"), "world_model.loss must be nll or mae"),
         (cfg.world_model.tokens not in ("all", "words", "closing"), "world_model.tokens is all, words or closing"),
-        (min(imagine.temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
+        (min(imagine.temperature, imagine.user_temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
         (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),
         (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to judge it: set eval.dialogues=0"),
         (not 0 < cfg.partner.share < 1, "partner.share is a share of the scenarios, between 0 and 1"),

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbrl_lm import config, rollout, value
+from mbrl_lm import config, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import lengths
 from mbrl_lm.data.records import Turn, normalise
 from mbrl_lm.envs.learned_user import ENDED, HAND_OVER
 from mbrl_lm.envs.true_user import ENDING
 from mbrl_lm.nn import Net
+from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
 from mbrl_lm.tokenizer import Tokenizer
@@ -69,26 +70,42 @@ class Speaker:
       net, protocol, tokenizer: of the model.
       mesh: the device mesh.
       params: of the model.
+      imagined_user: parameters that speak for the user where `cfg.plan` looks ahead; None: those of the model.
     """
 
-    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, params: Params):
+    def __init__(
+        self,
+        cfg: config.Config,
+        net: Net,
+        protocol: pr.Protocol,
+        tokenizer: Tokenizer,
+        mesh,
+        params: Params,
+        imagined_user: Params | None = None,
+    ):
         self.tokens, self.turns = cfg.tokens, cfg.turns
         self._tokenizer, self._params = tokenizer, params
         temperature_R = np.ones(len(pr.ROLES), np.float32)
         temperature_R[pr.ASSISTANT] = cfg.eval.temperature
         centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
-        def write(params, dialogue, key):
-            author_BT, turn_BT = pr.parse(protocol, dialogue.token_BT)
-            prompt = dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
-            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature_R)
+        def writer(cfg):
+            plan = make_planner(cfg, net, protocol)
+
+            def write(params, dialogue, key):
+                author_BT, turn_BT = pr.parse(protocol, dialogue.token_BT)
+                prompt = dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
+                return plan(params, prompt, key, temperature_R, imagined_user).dialogue
+
+            return pjit(write, mesh)
 
         def read(params, token_BT):
             heads = net.heads(params, net.trunk(params, token_BT))
             return value.mean(heads.value_BTEW, centres_W).mean(axis=-1), value.mean(heads.reward_BTW, centres_W)
 
         # One shape for both sides: what is compiled for the first answer imagines the user, too.
-        self._write, self._read = pjit(write, mesh), pjit(read, mesh)
+        self._write, self._read = writer(dataclasses.replace(cfg, plan="none")), pjit(read, mesh)
+        self._decide = self._write if cfg.plan == "none" else writer(cfg)
 
     def open(self, context: str) -> Conversation:
         """A conversation in which nothing was said yet."""
@@ -141,7 +158,7 @@ class Speaker:
         """
         if sum(turn.role == "assistant" for turn in now.turns) >= self.turns:
             return dataclasses.replace(now, ended="cut")
-        said = self._continue(now, key, rows=1)[0][0]
+        said = self._continue(now, key, 1, self._decide)[0][0]
         if said[-1:] != [HAND_OVER["assistant"]]:  # it ran out of tokens: never handed over, it is not said
             return dataclasses.replace(now, ended="cut")
         turns = (*now.turns, Turn("assistant", self._tokenizer.decode(said)))
@@ -151,7 +168,7 @@ class Speaker:
     def imagine(self, now: Conversation, key: Array) -> list[Imagined]:
         """Samples of the user's next turn; nothing is said."""
         turns = []
-        for said, log_prob in self._continue(now, key, rows=SAMPLES):
+        for said, log_prob in self._continue(now, key, SAMPLES, self._write):
             turns.append(Imagined(self._tokenizer.decode(said), ENDED.get(said[-1], "cut"), log_prob, len(said)))
         return turns
 
@@ -165,9 +182,9 @@ class Speaker:
         answers = sum(turn.role == "user" for turn in now.turns) > 1  # the opening is no reply
         return Reading(float(value_BT[0, opened]), float(reward_BT[0, replied]) if answers else None)
 
-    def _continue(self, now: Conversation, key: Array, rows: int) -> list[tuple[list[int], float]]:
+    def _continue(self, now: Conversation, key: Array, rows: int, write) -> list[tuple[list[int], float]]:
         """The next turn of whoever has the floor, in the first `rows` rows: its tokens and its log-probability."""
-        written = jax.device_get(self._write(self._params, self._dialogue(now, rows), key))
+        written = jax.device_get(write(self._params, self._dialogue(now, rows), key))
         turns = [slice(len(now.tokens), end) for end in lengths(written)[:rows]]
         return [(written.token_BT[b, at].tolist(), float(written.logp_BT[b, at].sum())) for b, at in enumerate(turns)]
 

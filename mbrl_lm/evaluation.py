@@ -56,7 +56,7 @@ class Evaluation:
     def final(self, params: Params, key: Array) -> Findings:
         """At the end: `eval.final_dialogues` with the judge, the open-loop figures, and the floors where they are known."""
         found = self._evaluate(params, key, self._cfg.eval.final_dialogues)
-        figures = found.figures | self._heldout.open_loop(params, key)
+        figures = found.figures | self._heldout.open_loop(params, key) | self._heldout.outcomes(params)
         if self._cfg.data == "concierge":
             corpus, noise = self._corpus, self._cfg.noise
             figures["user_nll_floor/val"] = user_nll_floor(corpus.val, corpus.tokenizer, "train", noise)

@@ -21,6 +21,14 @@ POLICY = {
     "drift/recorded_under_reference": "perplexity of recorded assistant words under the reference",
     "drift/recorded_under_policy": "perplexity of recorded assistant words under the policy",
 }  # fmt: skip
+PLANS = {
+    "success": "true/success", "return": "true/return", "points": "partner/score_a",
+    "the partner's points": "partner/score_b", "deals, %": "partner/agreed", "of them Pareto efficient, %": "partner/pareto",
+}  # fmt: skip
+PLAN_COST = {
+    "plan/gain": "gained with the same users", "plan/overrated": "expected above what came, when the first turn was chosen",
+    "plan/tokens_a_turn": "tokens a turn", "plan/seconds_a_turn": "seconds a turn",
+}  # fmt: skip
 GAP = {"gap/total": "exploitation gap", "gap/user_model": "user-model part", "gap/reward_model": "reward-model part"}
 USER = {
     "nll": "nats per token", "nll_floor": "exact floor, nats per token",
@@ -85,6 +93,12 @@ def tables(figures: Figures) -> dict[str, str]:
     made = {
         "The policy with the true user": table(
             ("", "true user or partner"), [(label, cell(figures, name)) for name, label in policy]
+        ),
+        "The same with its turns planned": table(
+            ("", "the policy", "planned"),
+            [(label, *(cell(figures, name) for name in (of, f"plan/{of}"))) for label, of in PLANS.items()
+             if f"plan/{of}" in figures]
+            + [(label, "", cell(figures, name)) for name, label in PLAN_COST.items()],
         ),
         "Exploitation: four returns of the same policy": table(
             ("", "learned reward", "true reward"),

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbrl_lm import outcome, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm import rollout
 from mbrl_lm.data.batches import chunks, take
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
@@ -56,7 +56,9 @@ class Heldout:
         self._open_loop = take(dialogues, np.arange(min(open_loop, len(dialogues.uid_B))))
         T = dialogues.token_BT.shape[1]
         words_V = words_per_token(tokenizer)
+        number = outcome.number_of(np.clip(dialogues.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER))
         self._sums = pjit(_sums(net, protocol, words_V), mesh)
+        self._read = pjit(lambda params, d: outcome.read(net, protocol, params, d, number), mesh)
         self._hidden = {k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh) for k in HORIZONS}
 
     def closed_loop(self, params: Params, dialogues: Dialogue | None = None) -> dict[str, float]:
@@ -83,6 +85,16 @@ class Heldout:
             figures["outcome_nll"] = sums["outcome_nll"] / sums["agreed"]
             figures["split_accuracy"] = sums["outcome_right"] / sums["agreed"]
         return _named(figures)
+
+    def outcomes(self, params: Params) -> dict[str, float]:
+        """Of the recorded deals, those whose split is the likeliest possible outcome; {} where none is negotiated."""
+        right = deals = 0
+        for chunk, mask in chunks(self._dialogues, self._rows):
+            dealt = mask & np.any((chunk.author_BT == pr.OUTCOME) & (chunk.token_BT >= pr.NUMBER), axis=1)
+            if dealt.any():
+                read = np.asarray(self._read(params, chunk).dialogue.token_BT)
+                right, deals = right + np.sum(dealt & (read == chunk.token_BT).all(axis=1)), deals + dealt.sum()
+        return _named({"split_accuracy/whole": right / deals}) if deals else {}
 
     def open_loop(self, params: Params, key: Array) -> dict[str, float]:
         """The real user's turn after k turns that were imagined in the place of the real ones, and after the real ones."""

@@ -27,7 +27,7 @@ from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interval
-from mbrl_lm.envs.negotiation import GREEDY, Table, summary
+from mbrl_lm.envs.negotiation import GREEDY, Table, plan_cost, summary
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.reward import REWARDS
@@ -49,12 +49,19 @@ class Judge(Protocol):
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict: ...
 
 
-def make_judge(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, workdir: pathlib.Path) -> Judge | None:
-    """The judge of a data set; None where there is nobody to talk to, only recordings."""
+def make_judge(
+    cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None
+) -> Judge | None:
+    """The judge of a data set; None where there is nobody to talk to, only recordings.
+
+    Args:
+      cfg, net, corpus, mesh, workdir: of the run.
+      imagined_user: parameters that speak for the user where `cfg.plan` looks ahead; None: those of the policy.
+    """
     judges: dict[str, Callable[..., Judge]] = {"concierge": ConciergeJudge, "deal_or_no_deal": PartnerJudge}
     if cfg.data not in judges:
         return None
-    return judges[cfg.data](cfg, net, corpus, mesh, workdir)
+    return judges[cfg.data](cfg, net, corpus, mesh, workdir, imagined_user)
 
 
 class Imagination:
@@ -109,9 +116,10 @@ def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dic
 
 
 def temperatures(cfg: config.Config) -> np.ndarray:
-    """Of each role where the policy is judged in imagination: the imagined user is as it is."""
+    """Of each role where the policy is judged in imagination: the imagined user is as in training."""
     temperature_R = np.ones(len(pr.ROLES), np.float32)
     temperature_R[pr.ASSISTANT] = cfg.eval.temperature
+    temperature_R[pr.USER] = cfg.imagine.user_temperature
     return temperature_R
 
 
@@ -120,9 +128,9 @@ class ConciergeJudge:
 
     ROWS = 64
 
-    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path):
+    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
         self._cfg, self._tokenizer = cfg, corpus.tokenizer
-        self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS)
+        self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS, imagined_user=imagined_user)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
 
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
@@ -140,6 +148,8 @@ class ConciergeJudge:
             figures |= interval(f"true/success/{name}", column["success"][of].astype(np.float64)) if of.any() else {}
         for name in told + components:
             figures |= interval(f"true/{name}", column[name].astype(np.float64))
+        if self._cfg.plan != "none":
+            figures |= self._of_plans(real, outcomes)
         if self._imagination:
             openings = self._user.openings(uids, "test")
             imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key)
@@ -147,6 +157,16 @@ class ConciergeJudge:
             records = decode(told_B, self._tokenizer)
             figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])
         return Verdict({name: float(x) for name, x in figures.items()}, real)
+
+    def _of_plans(self, real: Dialogue, outcomes: list[dict[str, float]]) -> dict[str, float]:
+        """What planning a turn cost, and by how much its worth was overrated when the first one was chosen."""
+        tokens, turns = (sum(outcome.get(name, 0) for outcome in outcomes) for name in ("plan_tokens", "turns"))
+        returns = real.reward_BU @ (self._cfg.returns.discount ** np.arange(real.reward_BU.shape[1]))
+        worth = np.array([outcome.get("plan_worth", np.nan) for outcome in outcomes])
+        known = ~np.isnan(worth)
+        cost = {"plan/tokens_a_turn": tokens / max(turns, 1)}
+        cost["plan/seconds_a_turn"] = float(np.median(self._user.seconds)) / self.ROWS
+        return cost | interval("plan/overrated", (worth - returns)[known])
 
 
 def true_return(record: Record, split: str, noise: float = 0.0) -> float:
@@ -162,13 +182,13 @@ class PartnerJudge:
 
     ROWS = 64
 
-    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path):
+    def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
         self._cfg = cfg
         self._partner_net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
         self._partner = fit_partner(cfg, self._partner_net, corpus, mesh, workdir / "partner")
         known = {scenario_key(r.numbers, r.partner_numbers): (r.numbers, r.partner_numbers) for r in corpus.val_records}
         scenarios = [known[key] for key in sorted(known)]
-        self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS)
+        self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS, imagined_user)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
 
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
@@ -179,7 +199,7 @@ class PartnerJudge:
         temperature_R[pr.OUTCOME] = GREEDY
         openings, _ = self._table.openings(np.arange(dialogues))
         imagined, _ = self._imagination.imagined(params, openings, temperature_R, key)
-        figures = {f"partner/{name}": x for name, x in summary(results).items()}
+        figures = {f"partner/{name}": x for name, x in summary(results).items()} | plan_cost(results)
         figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
         return Verdict(figures, real)
 

@@ -1,6 +1,6 @@
 """The jitted update: the joint objective on real and imagined dialogues.
 
-    L = (1 - s) policy(real) + s policy(imagined) + user + outcome + assistant + value + reward + end + beta KL
+    L = (1 - s) policy(real) + s policy(imagined) + distil + user + outcome + assistant + value + reward + end + beta KL
 
 Each component is a per-element array with a mask, normalised by its own count over the whole batch and weighted once. What
 must not be learnt from is out of a mask: the user likelihood sees real user tokens only, the policy gradient assistant
@@ -121,6 +121,8 @@ def weights(cfg: config.Config, state: TrainState, imagines: bool) -> dict[str, 
         learnt["slow_value"] = loss.slow_value
     if imagines:
         learnt |= {"policy_imagined": loss.policy * share, "value": loss.value}
+        if loss.distil:
+            learnt["distil"] = loss.distil
         if cfg.guard.discriminator:
             learnt |= {"real_reply": 1.0, "imagined_reply": 1.0}
     return learnt
@@ -184,6 +186,7 @@ def losses(
         "slow_value": value_loss(turns.open_BU, batch.slow_value_BU),
         "policy_real": gradient_BT,
         "policy_imagined": gradient_BT,
+        "distil": jnp.where(scores.allowed_BT, -scores.logp_BT, 0.0),
         "kl": scores.kl_BT,
         "trust": scores.slow_kl_BT,
         "entropy": -scores.entropy_BT,

@@ -21,6 +21,7 @@ import numpy as np
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import policy_logits
+from mbrl_lm.sharding import letters
 from mbrl_lm.turns import openings
 from mbrl_lm.types import Array, Dialogue, KVCache, Params
 
@@ -83,7 +84,29 @@ def from_an_opening(protocol: pr.Protocol, dialogue: Dialogue, key: Array, first
     return prefix(protocol, dialogue, length_B).replace(ended_B=~jnp.any(opens_BT, axis=1))
 
 
-def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:
+def copied(tree: Any, copies: int) -> Any:
+    """Every row of a pytree so many times, copies next to each other; rows are found by the letters of the names."""
+
+    def repeat(path, x):
+        return jnp.repeat(x, copies, axis=letters(path, x.ndim).index("B"))
+
+    return tree if copies == 1 else jax.tree_util.tree_map_with_path(repeat, tree)
+
+
+def copy_uids(uid_B: Array, copies: int, salt: int = 0) -> Array:
+    """(B * copies,) u32: names of the copies of each row. The first one keeps the row's; the others' are scattered.
+
+    With another salt copies of copies are nobody's namesakes (multiplications and shifts as in MurmurHash3, Appleby).
+    """
+    copy_BC = jnp.broadcast_to(jnp.arange(copies, dtype=jnp.uint32)[None], (uid_B.shape[0], copies))
+    mixed_BC = uid_B[:, None] ^ ((copy_BC + jnp.uint32(salt << 16)) * jnp.uint32(0xCC9E2D51))
+    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
+        mixed_BC = mixed_BC * jnp.uint32(factor)
+        mixed_BC = mixed_BC ^ (mixed_BC >> shift)
+    return jnp.where(copy_BC == 0, uid_B[:, None], mixed_BC).reshape(-1)
+
+
+def _start(protocol: pr.Protocol, view: View, tokens: int, copies: int) -> Stream:
     """Reads the prompt in one pass; entries past a row's own prompt are overwritten before they are seen."""
     prompt = view.prompt
     (B, P), switch_RV = prompt.token_BT.shape, jnp.asarray(protocol.switch_RV)
@@ -99,7 +122,7 @@ def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:
     def widen(x_BT, fill):
         return jnp.pad(x_BT, ((0, 0), (0, tokens - P)), constant_values=fill)
 
-    return Stream(
+    stream = Stream(
         cache=cache,
         token_BT=widen(prompt.token_BT, pr.PAD),
         author_BT=widen(prompt.author_BT, pr.END),
@@ -108,6 +131,7 @@ def _start(protocol: pr.Protocol, view: View, tokens: int) -> Stream:
         role_B=role_B,
         place_B=place_B.astype(jnp.int32),
     )
+    return copied(stream, copies)
 
 
 def _mirrored(protocol: pr.Protocol, streams: Sequence[Stream], wrote: Sequence[Any]) -> list[Any]:
@@ -121,9 +145,9 @@ def _mirrored(protocol: pr.Protocol, streams: Sequence[Stream], wrote: Sequence[
 
 
 def _shared(streams: Sequence[Stream], wrote: Sequence[Any]) -> list[Any]:
-    """What both views read when they see the same tokens: the second one speaks for the user."""
-    user_B = streams[0].role_B == pr.USER
-    said = tuple(jnp.where(user_B, theirs_B, ours_B) for ours_B, theirs_B in zip(*wrote, strict=True))
+    """What both views read when they see the same tokens: the second one speaks for all but the assistant."""
+    other_B = streams[0].role_B != pr.ASSISTANT
+    said = tuple(jnp.where(other_B, theirs_B, ours_B) for ours_B, theirs_B in zip(*wrote, strict=True))
     return [said, said]
 
 
@@ -136,13 +160,15 @@ def _converse(
     turns: int,
     temperature: Array | float,
     mirrored: bool = False,
+    copies: int = 1,
 ) -> list[Dialogue]:
     """The token loop over one view, or over two: of the same tokens, or mirrored."""
     switch_RV = jnp.asarray(protocol.switch_RV).astype(jnp.int32)
-    first = views[0].prompt
+    streams = [_start(protocol, view, tokens, copies) for view in views]
+    prompts = [copied(view.prompt, copies).replace(uid_B=copy_uids(view.prompt.uid_B, copies)) for view in views]
+    first = prompts[0]
     length_B = prompt_lengths(first)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first.uid_B)
-    streams = [_start(protocol, view, tokens) for view in views]
     done_B = (streams[0].role_B == pr.END) | first.ended_B
 
     def write(view, stream, t, stream_key):
@@ -192,7 +218,7 @@ def _converse(
 
     t = jnp.min(jnp.where(done_B, tokens, length_B))
     _, streams, _, _ = jax.lax.while_loop(goes_on, step, (t, streams, jnp.zeros_like(length_B), done_B))
-    return [_as_dialogue(protocol, view.prompt, stream) for view, stream in zip(views, streams, strict=True)]
+    return [_as_dialogue(protocol, prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)]
 
 
 def _as_dialogue(protocol: pr.Protocol, prompt: Dialogue, stream: Stream) -> Dialogue:
@@ -221,6 +247,7 @@ def imagine(
     turns: int,
     temperature: Array | float = 1.0,
     user: Params | None = None,
+    copies: int = 1,
 ) -> Dialogue:
     """Continues each dialogue with one network on both sides.
 
@@ -233,10 +260,12 @@ def imagine(
       tokens: T of the result.
       turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
       temperature: of the sampling distribution, one or per role.
-      user: other parameters of the same network, which speak for the user.
+      user: other parameters of the same network, which speak for the user and read the outcome.
+      copies: how often each prompt is continued; it is read once. Copies stand next to each other, and the first one is what
+        would be written alone.
     """
     views = [View(net, params, prompt)] + ([] if user is None else [View(net, user, prompt)])
-    return _converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature)[0]
+    return _converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, copies=copies)[0]
 
 
 def converse(

@@ -49,9 +49,15 @@ def masked_sum(x: Array, mask: Array) -> Array:
 
 
 def masks(
-    protocol: pr.Protocol, dialogue: Dialogue, turns: Turns, imagined_B: Array, rl: bool, user_tokens: str = "all"
+    protocol: pr.Protocol,
+    dialogue: Dialogue,
+    turns: Turns,
+    imagined_B: Array,
+    rl: bool,
+    user_tokens: str = "all",
+    planned_BU: Array | None = None,
 ) -> dict[str, Array]:
-    """Which elements each component is made of."""
+    """Which elements each component is made of. `planned_BU`: turns that a planner chose, which the policy is to imitate."""
     imagined_B1 = imagined_B[:, None]
     user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
     if user_tokens != "all":
@@ -70,11 +76,13 @@ def masks(
     if not rl:
         return learnt
     action_BT = spread(protocol, dialogue, turns.mask_BU)
+    planned_BT = jnp.zeros_like(action_BT) if planned_BU is None else spread(protocol, dialogue, planned_BU)
     return learnt | {
         "value": turns.mask_BU & imagined_B1,
         "slow_value": turns.mask_BU,
         "policy_real": action_BT & ~imagined_B1,
-        "policy_imagined": action_BT & imagined_B1,
+        "policy_imagined": action_BT & imagined_B1 & ~planned_BT,
+        "distil": planned_BT,
         "kl": action_BT,
         "trust": action_BT,
         "entropy": action_BT,
@@ -203,7 +211,10 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             written = jnp.sum(rows.sampled_BT & imagined_B1, dtype=jnp.int32)
             state = state.replace(imagined_tokens=state.imagined_tokens + written)
         advantage_BT = spread(protocol, rows, advantage_BU)
-        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens)
+        planned_BU = None
+        if rl and cfg.loss.distil:  # the first turn of an imagined dialogue
+            planned_BU = turns.mask_BU & imagined_B1 & (jnp.cumsum(turns.mask_BU, axis=1) == 1)
+        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU)
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1

@@ -10,12 +10,12 @@ from mbrl_lm.checkpoint import Checkpoints, saved_steps
 from mbrl_lm.config import Config, ConfigError
 from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.replay import Replay
-from mbrl_lm.types import TrainState
+from mbrl_lm.types import Params, TrainState
 
 # What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
 LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "control",
          "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.micro_batch",
-         "checkpoint", "cpu_devices", "log_every", "model.remat")  # fmt: skip
+         "checkpoint", "cpu_devices", "log_every", "model.remat", "plan")  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -26,6 +26,11 @@ class Trained(NamedTuple):
     state: TrainState
     step: int
     mesh: jax.sharding.Mesh
+
+    def imagined_user(self, cfg: Config) -> Params | None:
+        """Whose words a planner imagines: the model's of when RL began, fitted to people alone; None: the present one's."""
+        began = cfg.train.supervised_steps and self.step > cfg.train.supervised_steps  # else there is no other one
+        return self.state.reference if cfg.plan != "none" and cfg.planner.user == "reference" and began else None
 
 
 def load(run: app.Run) -> Trained:

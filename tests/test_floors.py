@@ -16,6 +16,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "scoring": 3,
     "rollout": 3,
     "turns": 3,
+    "outcome": 4,
     "world_model": 4,
     "micro_batches": 4,
     "policy": 4,

@@ -13,7 +13,8 @@ from tiny import config_of, dialogue, largest_difference, noisy, norm, random_di
 
 from mbrl_lm import learner, targets
 from mbrl_lm import protocol as pr
-from mbrl_lm.turns import find_turns
+from mbrl_lm.scoring import score
+from mbrl_lm.turns import find_turns, gather, spread
 from mbrl_lm.types import Dialogue
 
 B, T = 8, 24
@@ -27,6 +28,7 @@ RETURN = (
     "policy_imagined",
     "kl",
     "trust",
+    "distil",
     "entropy",
     "real_reply",
     "imagined_reply",
@@ -129,6 +131,23 @@ def test_rule_2_the_policy_gradient_touches_the_assistants_tokens_only():
     assert not (touched(g) & (author_BT != pr.ASSISTANT)).any()
     assert (touched(g) & (author_BT == pr.ASSISTANT)).sum() > 10
     assert touched(g)[:B].any() and touched(g)[B:].any() and not touched(g, "watched_BTV").any()
+
+
+def test_what_a_planner_chose_is_imitated_and_is_no_action_of_the_policys():
+    """The first turn of each imagined dialogue: likelihood, whatever it was worth; the others: the policy gradient."""
+    real, imagined = real_rows(), imagined_rows()
+    turns = find_turns(learner_world().protocol, imagined)
+    chosen_BU = turns.mask_BU & np.asarray(gather(imagined.sampled_BT, turns.close_BU))
+    first_BU = chosen_BU & (np.cumsum(chosen_BU, axis=1) == 1)
+    first_BT, chosen_BT = (np.asarray(spread(learner_world().protocol, imagined, x)) for x in (first_BU, chosen_BU))
+    assert first_BT.sum() > 10 and (chosen_BT & ~first_BT).sum() > 10
+    g, metrics = gradient(real, imagined, {"distil": 1.0}, probe=True, loss__distil=1.0)
+    assert not touched(g)[:B].any() and (touched(g)[B:] <= first_BT).all() and touched(g)[B:].any()
+    w = learner_world()
+    nats_BT = -score(w.net, w.protocol, w.params, imagined).logp_BT
+    assert metrics["loss/distil"] == pytest.approx([float(jnp.sum(nats_BT * first_BT)), first_BT.sum()], rel=1e-4)
+    g, _ = gradient(real, imagined, {"policy_imagined": 1.0}, probe=True, loss__distil=1.0)
+    assert (touched(g)[B:] <= chosen_BT & ~first_BT).all() and touched(g)[B:].any()
 
 
 def test_a_control_breaks_rule_2_in_imagined_rows_alone():
@@ -264,11 +283,12 @@ def test_weights_are_those_of_the_config():
     imagined = {"policy_imagined": 0.75, "value": 0.4}
     assert learner.weights(cfg, state, True) == both | {"assistant": 0.2} | policy | imagined
     assert learner.weights(cfg, state, False) == both | {"assistant": 0.2} | policy | {"policy_real": 3.0}
-    asked = {"loss__slow_value": 0.3, "loss__trust": 0.4, "guard__discriminator": 0.1}
+    asked = {"loss__slow_value": 0.3, "loss__trust": 0.4, "loss__distil": 0.6, "guard__discriminator": 0.1}
     more = learner.weights(config_of(**values, **asked, imagine__share=(0.25, 0.25)), state, True)
     assert more == both | {"assistant": 0.2} | policy | imagined | {
         "slow_value": 0.3,
         "trust": 0.4,
+        "distil": 0.6,
         "real_reply": 1.0,
         "imagined_reply": 1.0,
     }
@@ -318,7 +338,7 @@ def test_every_component_has_a_loss_and_a_mask(rl):
     reference = w.params if rl else None
     losses = jax.eval_shape(lambda p: learner.losses(w.net, w.protocol, w.cfg, p, reference, None, batch, None), w.params)
     assert {name: x.shape for name, x in losses.items()} == {name: x.shape for name, x in masks.items()}
-    asked = {"loss__slow_value": 1.0, "loss__trust": 1.0, "guard__discriminator": 0.1}
+    asked = {"loss__slow_value": 1.0, "loss__trust": 1.0, "loss__distil": 1.0, "guard__discriminator": 0.1}
     _, state = at_update(0)
     weights = learner.weights(config_of(**asked), state, True) if rl else learner.likelihood_weights(config_of(**asked))
     assert set(weights) == set(masks)

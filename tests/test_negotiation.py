@@ -8,7 +8,7 @@ from tiny import config_of, dialogue, tokens, world
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.envs.negotiation import Table, prompts, settle, summary
+from mbrl_lm.envs.negotiation import Table, plan_cost, prompts, settle, summary
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
 SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
@@ -95,8 +95,8 @@ def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle
     ours, theirs = world("negotiation", seed=1), world("negotiation", seed=5, model__layers=1, model__width=8)
     sat = table(ours.net, theirs.net)
     views = []
-    talk = sat._talk
-    sat._talk = lambda *args: views.append(talk(*args)) or views[-1]
+    read = sat._read
+    sat._read = lambda *args: views.append(read(*args)) or views[-1]
     figures, dialogues = sat.play(ours.params, theirs.params, KEY, 10, 1.0)
     assert len(views) == 3 and all(len(x) == 10 for x in figures.values())
     a, b = (jax.tree.map(lambda *x: np.concatenate(x), *side) for side in zip(*jax.device_get(views), strict=True))
@@ -115,7 +115,8 @@ def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle
     assert len({row.tobytes() for row in dialogues.token_BT}) == 10
 
 
-def test_the_partner_plays_with_its_own_network():
+@pytest.mark.parametrize("plan", ["none", "rollouts", "gumbel"])
+def test_the_partner_plays_with_its_own_network(plan):
     # We say a and hand over; the partner says b and calls for the outcome; then each writes its own share.
     chains = "1 2 3", "1 2 0"
     params = []
@@ -124,7 +125,8 @@ def test_the_partner_plays_with_its_own_network():
         after = dict(zip(said[:-1], said[1:], strict=True)) | {pr.TO_ASSISTANT: tokens(word)[0]}
         params.append(follows(27, after | {tokens(word)[0]: tokens(then)[0]}))
     scenario = (2, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1)
-    sat = Table(config_of(), PROTOCOL, table_net(), table_net(), one_device(), [scenario], 4)
+    cfg = config_of(plan=plan, imagine__reward="split", planner__candidates=2, planner__futures=1, planner__simulations=2)
+    sat = Table(cfg, PROTOCOL, table_net(), table_net(), one_device(), [scenario], 4)
     figures, dialogues = sat.play(*params, KEY, 4, 0.5)
     numbers = " ".join(map(str, scenario[0]))
     we_begin, they_begin = f"bos {numbers} >a a >u b >o 1 2 3 stop", f"bos {numbers} >u b >o 1 2 3 stop"
@@ -132,6 +134,14 @@ def test_the_partner_plays_with_its_own_network():
     assert (dialogues.token_BT == expected.token_BT).all() and dialogues.ended_B.all()
     assert figures["score_a"].tolist() == [6] * 4 and figures["score_b"].tolist() == [3] * 4
     assert figures["turns"].tolist() == [1, 2, 2, 1]
+    assert (dialogues.author_BT == expected.author_BT).all()
+    if plan != "none":  # in the first and last row the partner called for the outcome: ours was read, and no turn planned
+        assert figures["plan_tokens"].tolist()[1] > figures["plan_tokens"].tolist()[0] > 0
+        assert plan_cost(figures)["plan/tokens_a_turn"] > 1
+    else:
+        assert plan_cost(figures) == {}
+    scores = dialogues.reward_BU
+    assert scores.sum(axis=1).tolist() == [6] * 4 and (scores[[1, 2], 0] == 6).all()
 
 
 def test_summary():

@@ -4,15 +4,18 @@ The protocol is that of Lewis et al. (2017): random first speaker, low temperatu
 for the outcome; each side then writes its own share, and a deal needs both shares to add up to what is on the table.
 """
 
+import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, reward, rollout
+from mbrl_lm import config, outcome, reward, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import join
+from mbrl_lm.data.batches import join, lengths
 from mbrl_lm.nn import Net
+from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Array, Dialogue, Params
@@ -62,6 +65,35 @@ def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
     return {"score_a": score_a, "score_b": score_b, "agreed": agreed, "pareto": pareto}
 
 
+def has_floor(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
+    """bool (B,): the next token is this side's to write, a turn or the outcome as it sees it."""
+    last_B1 = rollout.prompt_lengths(dialogue)[:, None] - 1
+    author_B, token_B = (jnp.take_along_axis(x, last_B1, axis=1)[:, 0] for x in (dialogue.author_BT, dialogue.token_BT))
+    role_B = jnp.asarray(protocol.switch_RV)[author_B.astype(jnp.int32), token_B]
+    return jnp.isin(role_B, jnp.array([pr.ASSISTANT, pr.OUTCOME], role_B.dtype))
+
+
+def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialogue:
+    """The dialogue as one side sees it, with what the other side has said since; outcomes are nobody else's."""
+    said_BT = jnp.isin(speaker.author_BT, jnp.array([pr.ASSISTANT, pr.USER], jnp.int8)) & (listener.author_BT == pr.END)
+    token_BT = jnp.where(said_BT, jnp.asarray(protocol.mirror_V)[speaker.token_BT], listener.token_BT)
+    author_BT, turn_BT = pr.parse(protocol, token_BT)
+    return listener.replace(
+        token_BT=token_BT,
+        author_BT=author_BT,
+        turn_BT=turn_BT,
+        sampled_BT=listener.sampled_BT | said_BT,
+        logp_BT=jnp.where(said_BT, speaker.logp_BT, listener.logp_BT),
+    )
+
+
+def _earned(dialogue: Dialogue, score_B: np.ndarray) -> Dialogue:
+    """The points go to the last turn of the assistant, as in recorded dialogues."""
+    opened_B = np.sum((dialogue.token_BT == pr.TO_ASSISTANT) & (dialogue.author_BT != pr.ASSISTANT), axis=1)
+    last_BU = np.arange(dialogue.reward_BU.shape[1])[None] == np.maximum(opened_B - 1, 0)[:, None]
+    return dialogue.replace(reward_BU=np.where(last_BU, score_B[:, None], 0).astype(np.float32))
+
+
 class Table:
     """Where the policy negotiates with a partner; `rows` dialogues at a time.
 
@@ -72,16 +104,45 @@ class Table:
       mesh: the device mesh.
       scenarios: pairs of contexts, one for each side.
       rows: dialogues at a time.
+      imagined_user: parameters that speak for the other side where `cfg.plan` looks ahead; None: those of the policy.
     """
 
-    def __init__(self, cfg, protocol, net: Net, partner_net: Net, mesh, scenarios, rows: int = 64):
+    def __init__(
+        self, cfg, protocol, net: Net, partner_net: Net, mesh, scenarios, rows: int = 64, imagined_user: Params | None = None
+    ):
         self.cfg, self.scenarios, self.rows = cfg, scenarios, rows
+        self._imagined_user = imagined_user
+        plan = make_planner(cfg, net, protocol)
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
             views = rollout.View(net, params, ours), rollout.View(partner_net, partner_params, theirs)
             return rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
 
-        self._talk = pjit(talk, mesh)
+        def exchange(params, partner_params, ours, theirs, temperature_R, key, user):
+            """One turn of either side, where it has the floor; and what ours took in tokens, where it was planned."""
+            waits_B = ~has_floor(protocol, ours)
+            planned = plan(params, ours.replace(ended_B=waits_B), key, temperature_R, user)
+            theirs = hear(protocol, theirs, planned.dialogue)
+            theirs = rollout.imagine(
+                partner_net,
+                protocol,
+                partner_params,
+                theirs.replace(ended_B=~has_floor(protocol, theirs)),
+                jax.random.fold_in(key, 1),
+                tokens=cfg.tokens,
+                turns=1,
+                temperature=temperature_R,
+            )
+            return hear(protocol, planned.dialogue, theirs), theirs, jnp.where(waits_B, 0, planned.tokens_B)
+
+        outcomes = outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
+
+        def read(params, partner_params, ours, theirs):
+            """Each side's outcome: the likeliest possible one as it sees the dialogue."""
+            ours = outcome.read(net, protocol, params, ours, outcomes).dialogue
+            return ours, outcome.read(partner_net, protocol, partner_params, theirs, outcomes).dialogue
+
+        self._talk, self._exchange, self._read = pjit(talk, mesh), pjit(exchange, mesh), pjit(read, mesh)
         self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def play(self, params: Params, partner_params: Params, key: Array, dialogues: int, temperature: float):
@@ -91,11 +152,11 @@ class Table:
           params, partner_params: of the two sides.
           key: of their samples.
           dialogues: how many; every scenario gives four before one comes again.
-          temperature: of the words; outcomes are read greedily.
+          temperature: of the words; outcomes are the likeliest ones that are possible.
 
         Returns:
           figures: arrays of `settle` and the length of each dialogue in turns.
-          dialogues: as the policy saw them, numpy.
+          dialogues: as the policy saw them, numpy, with its points.
         """
         temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
         temperature_R[pr.OUTCOME] = GREEDY
@@ -103,8 +164,14 @@ class Table:
         for start in range(0, dialogues, self.rows):
             index = np.arange(start, start + self.rows)
             ours, theirs = self.openings(index)
-            ours, theirs = jax.device_get(self._talk(params, partner_params, ours, theirs, temperature_R, key))
-            figures = settle(ours, theirs)
+            sides, more = (params, partner_params), {}
+            if self.cfg.plan == "none":
+                ours, theirs = self._talk(*sides, ours, theirs, temperature_R, key)
+            else:
+                ours, theirs, more = self._turn_by_turn(*sides, ours, theirs, temperature_R, key)
+            ours, theirs = jax.device_get(self._read(*sides, ours, theirs))
+            figures = settle(ours, theirs) | more
+            ours = _earned(ours, figures["score_a"])
             spoken_BT = np.isin(ours.author_BT, (pr.ASSISTANT, pr.USER))  # the outcome is no turn
             figures["turns"] = ours.turn_BT.max(axis=1, where=spoken_BT, initial=0)
             kept = index < dialogues
@@ -112,6 +179,26 @@ class Table:
             seen.append(jax.tree.map(lambda x, k=kept: x[k], ours))
         figures = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
         return figures, join(seen)
+
+    def _turn_by_turn(self, params, partner_params, ours: Dialogue, theirs: Dialogue, temperature_R, key: Array):
+        """The dialogues of both sides when ours plans its turns, and what planning took."""
+        ours, theirs = map(self._widened, (ours, theirs))
+        tokens_B, turns_B, before = np.zeros(self.rows, int), np.zeros(self.rows, int), -1
+        since = time.monotonic()
+        while before < (before := int(lengths(ours).sum() + lengths(theirs).sum())):
+            now_key = jax.random.fold_in(key, before)
+            ours, theirs, planned_B = jax.device_get(
+                self._exchange(params, partner_params, ours, theirs, temperature_R, now_key, self._imagined_user)
+            )
+            tokens_B, turns_B = tokens_B + planned_B, turns_B + (planned_B > 0)
+        seconds = np.full(self.rows, (time.monotonic() - since) / self.rows)
+        return ours, theirs, {"plan_tokens": tokens_B, "plan_turns": turns_B, "plan_seconds": seconds}
+
+    def _widened(self, prompt: Dialogue) -> Dialogue:
+        token_BT = np.pad(prompt.token_BT, ((0, 0), (0, self.cfg.tokens - prompt.token_BT.shape[1])))
+        empty = empty_dialogues(self.rows, self.cfg.tokens, self.cfg.turns)
+        author_BT, turn_BT = map(np.asarray, self._parse(token_BT))
+        return empty.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, uid_B=prompt.uid_B)
 
     def openings(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
         """The prompts of the given dialogues, seen from our side and from the partner's."""
@@ -125,6 +212,14 @@ class Table:
             author_BT, turn_BT = map(np.asarray, self._parse(dialogue.token_BT))
             sides.append(dialogue.replace(author_BT=author_BT, turn_BT=turn_BT, uid_B=index.astype(np.uint32)))
         return sides[0], sides[1]
+
+
+def plan_cost(figures: dict[str, np.ndarray]) -> dict[str, float]:
+    """What a planned turn took; {} without a planner."""
+    if "plan_turns" not in figures:
+        return {}
+    turns = max(figures["plan_turns"].sum(), 1)
+    return {f"plan/{name}_a_turn": float(figures[f"plan_{name}"].sum() / turns) for name in ("tokens", "seconds")}
 
 
 def summary(figures: dict[str, np.ndarray]) -> dict[str, float]:

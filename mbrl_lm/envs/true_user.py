@@ -1,15 +1,17 @@
 """Real dialogues with an environment's true user: the policy writes its turns on the device, the user answers in text."""
 
+import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from mbrl_lm import config, rollout
+from mbrl_lm import config
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import join, lengths, take
 from mbrl_lm.envs import ENVS
 from mbrl_lm.nn import Net
+from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
 from mbrl_lm.tokenizer import Tokenizer
@@ -27,17 +29,27 @@ class TrueUser:
       mesh: the device mesh.
       rows: dialogues at a time.
       signal: what `reward_BU` is: "return", or "rating", what such a user would give each single reply.
+      imagined_user: parameters that speak for the user where `cfg.plan` looks ahead; None: those of the policy.
+
+    Attributes:
+      seconds: of each time that turns were written, all rows together.
     """
 
     def __init__(
-        self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int, signal="return"
+        self,
+        cfg: config.Config,
+        net: Net,
+        protocol: pr.Protocol,
+        tokenizer: Tokenizer,
+        mesh,
+        rows: int,
+        signal: str = "return",
+        imagined_user: Params | None = None,
     ):
         self.cfg, self.protocol, self.tokenizer, self.rows, self.signal = cfg, protocol, tokenizer, rows, signal
-
-        def write_turn(params, prompt, temperature, key):
-            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, temperature=temperature)
-
-        self._write_turn = pjit(write_turn, mesh)
+        self.seconds: list[float] = []
+        self._imagined_user = imagined_user
+        self._decide = pjit(make_planner(cfg, net, protocol), mesh)
         self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def play(self, params: Params, key: Array, uids: Sequence[int], split: str, temperature: float):
@@ -52,7 +64,8 @@ class TrueUser:
 
         Returns:
           dialogues: Dialogue of numpy arrays with the environment's rewards, the policy's log-probabilities at its tokens.
-          outcomes: one dict for each, as the environment tells it.
+          outcomes: one dict for each, as the environment tells it. Of plans, too: `plan_tokens`, written for its turns, and
+            `plan_worth`, the return that was expected when the first one was chosen.
         """
         parts, outcomes = [], []
         for start in range(0, len(uids), self.rows):
@@ -88,11 +101,16 @@ class TrueUser:
     def _play(self, env, params, key, uids, temperature) -> tuple[Dialogue, list[dict[str, float]]]:
         dialogue = self._open(env, uids)
         ended, going = np.zeros(self.rows, bool), np.ones(self.rows, bool)
+        temperature_R = np.ones(len(pr.ROLES), np.float32)
+        temperature_R[pr.ASSISTANT] = temperature
         totals: list[dict[str, float]] = [{} for _ in range(self.rows)]
         for turn in range(self.cfg.turns):
             before = lengths(dialogue)
-            written = self._write_turn(params, dialogue.replace(ended_B=~going), np.float32(temperature), key)
-            dialogue = jax.tree.map(np.array, jax.device_get(written))
+            since = time.monotonic()
+            prompt = dialogue.replace(ended_B=~going)
+            planned = jax.device_get(self._decide(params, prompt, key, temperature_R, self._imagined_user))
+            self.seconds.append(time.monotonic() - since)
+            dialogue = jax.tree.map(np.array, planned.dialogue)
             length = lengths(dialogue)
             # A turn that ran out of tokens was never handed over: it is not said.
             going &= dialogue.token_BT[np.arange(self.rows), length - 1] == pr.TO_USER
@@ -100,6 +118,8 @@ class TrueUser:
             replies = env.step([text if goes_on else None for text, goes_on in zip(spoken, going, strict=True)])
             for b in np.flatnonzero(going):
                 reply = replies[b]
+                totals[b].setdefault("plan_worth", float(planned.worth_B[b]))
+                totals[b]["plan_tokens"] = totals[b].get("plan_tokens", 0) + int(planned.tokens_B[b])
                 dialogue.reward_BU[b, turn] = reply.signal(self.signal)
                 for name, x in reply.reward.items():
                     totals[b][name] = totals[b].get(name, 0.0) + x

@@ -1,0 +1,338 @@
+"""Looking ahead at decode time: the assistant's next turn is chosen among candidates by what is imagined to follow them.
+
+    rollouts  C candidates of the policy, M imagined futures of each; their mean return, less kappa spreads, decides
+    mpc       again and again: new candidates begin like the best ones so far, in the manner of TD-MPC2 (Hansen et al. 2024)
+    gumbel    a tree over turns: its actions are candidates, its model is the imagined reply; searched by Gumbel MuZero
+              (Danihelka et al. 2022, mctx), candidates weighted as in Sampled MuZero (Hubert et al. 2021)
+
+With one candidate, every one of them is the plain policy: the first candidate is what the policy would have said anyway.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import mctx
+
+from mbrl_lm import config, rollout, value
+from mbrl_lm import protocol as pr
+from mbrl_lm.nn import Net
+from mbrl_lm.reward import REWARDS
+from mbrl_lm.rollout import copy_uids, prompt_lengths
+from mbrl_lm.turns import find_turns, gather
+from mbrl_lm.types import Array, Dialogue, Heads, Params
+
+REPEATED = -1e9  # the logit of a candidate whose text stands before it
+
+
+@flax.struct.dataclass
+class Planned:
+    """What a planner decided for each prompt."""
+
+    dialogue: Dialogue  # the prompt with the turn that was chosen
+    worth_B: Array  # f32, the return from here on that the planner expects of it; 0 without a planner
+    tokens_B: Array  # i32, written in order to decide, the turn itself included
+
+
+class Outlook(NamedTuple):
+    """What imagined dialogues are worth from a decision on."""
+
+    return_B: Array  # f32, discounted
+    reward_B: Array  # f32, of the decided turn alone
+    value_B: Array  # f32, where the assistant's next turn opens; 0 after an end
+
+
+Planner = Callable[..., Planned]
+
+
+def make_planner(cfg: config.Config, net: Net, protocol: pr.Protocol) -> Planner:
+    """Builds `plan(params, prompt, key, temperature, user=None) -> Planned`, to be compiled by `pjit`.
+
+    Its arguments are those of `rollout.imagine`; a prompt ends where the assistant is about to speak, and one that has ended
+    stays as it is. `user`: parameters that speak for the imagined user and read outcomes, if not the policy's; the heads are
+    always the policy's.
+    """
+    kinds = {"none": _plain, "rollouts": _iterated, "mpc": _iterated, "gumbel": _searched}
+    return kinds[cfg.plan](Imagination(cfg, net, protocol))
+
+
+def affordable(cfg: config.Config) -> config.Planner:
+    """The settings with as many futures, or simulations, as fit into `planner.budget`, were every turn as long as it may be.
+
+    Raises:
+      ConfigError: not even one does.
+    """
+    plan, turn = cfg.planner, cfg.turn_tokens
+    if not plan.budget or cfg.plan == "none":
+        return plan
+    candidates = plan.candidates * turn
+    if cfg.plan == "gumbel":
+        most = (plan.budget - candidates) // (turn + candidates)
+        name, least = "simulations", candidates + turn + candidates
+    else:
+        rounds = plan.iterations if cfg.plan == "mpc" else 1
+        kept = plan.elites if rounds > 1 else 0
+        one = (rounds * plan.candidates + (rounds - 1) * kept) * max(2 * plan.depth - 1, 0) * turn
+        most = (plan.budget - rounds * candidates) // max(one, 1)
+        name, least = "futures", rounds * candidates + one
+    if most < 1:
+        raise config.ConfigError(f"planner.budget={plan.budget} is too small: one of {name} takes up to {least} tokens")
+    return dataclasses.replace(plan, **{name: min(getattr(plan, name), most)})
+
+
+class Imagination:
+    """How a planner writes candidates, imagines what follows, and what it makes of that.
+
+    Args:
+      cfg, net, protocol: of the run.
+    """
+
+    def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol):
+        self.cfg, self.plan, self.net, self.protocol = cfg, affordable(cfg), net, protocol
+        self._centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
+
+    def write(self, params: Params, prompt: Dialogue, key: Array, temperature, user, *, turns: int = 1, copies: int = 1):
+        """`rollout.imagine`, and the tokens written in each row."""
+        written = rollout.imagine(
+            self.net,
+            self.protocol,
+            params,
+            prompt,
+            key,
+            tokens=self.cfg.tokens,
+            turns=turns,
+            temperature=temperature,
+            user=user,
+            copies=copies,
+        )
+        before_B = jnp.repeat(prompt_lengths(prompt), copies)
+        return written, prompt_lengths(written) - before_B
+
+    def look(self, params: Params, dialogue: Dialogue, from_B: Array) -> Outlook:
+        """What dialogues are worth from the assistant turn on that was written from position `from_B` on.
+
+        A future that was cut before the user had replied is worth what the state was in which the turn opened: nothing was
+        learnt of it.
+        """
+        cfg = self.cfg
+        turns = find_turns(self.protocol, dialogue, unanswered=self.plan.depth == 0 and cfg.plan != "gumbel")
+        heads = self.net.forward(params, dialogue.token_BT)
+        value_BT = self._values(heads)
+        unanswered_BU = turns.reply_BU == turns.close_BU
+        reward_BU = REWARDS[cfg.imagine.reward](dialogue, turns, heads, self._centres_W)
+        reward_BU = jnp.where(unanswered_BU & ~turns.last_BU, 0.0, reward_BU)
+        acted_BU = turns.mask_BU & (turns.open_BU >= from_B[:, None] - 1)
+        discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)
+        next_value_BU = gather(value_BT, turns.reply_BU)
+        returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
+        return_BU = returns(reward_BU, next_value_BU, discount_BU, acted_BU, 1.0)
+        first_B1 = jnp.argmax(acted_BU, axis=1)[:, None]
+        open_value_B = _at(value_BT, from_B - 1)
+
+        def decided(x_BU, otherwise_B):
+            return jnp.where(jnp.any(acted_BU, axis=1), jnp.take_along_axis(x_BU, first_B1, axis=1)[:, 0], otherwise_B)
+
+        zeros_B = jnp.zeros_like(open_value_B)
+        next_B = decided(jnp.where(discount_BU > 0, next_value_BU, 0.0), open_value_B)
+        return Outlook(decided(return_BU, open_value_B), decided(reward_BU, zeros_B), next_B)
+
+    def open_value(self, params: Params, prompt: Dialogue) -> Array:
+        """The value of the states in which prompts end."""
+        return _at(self._values(self.net.forward(params, prompt.token_BT)), prompt_lengths(prompt) - 1)
+
+    def _values(self, heads: Heads) -> Array:
+        """(B, T): the mean over the value heads, after each token."""
+        return jnp.mean(value.mean(heads.value_BTEW, self._centres_W), axis=-1)
+
+
+def _at(x_BT: Array, position_B: Array) -> Array:
+    return jnp.take_along_axis(x_BT, position_B[:, None], axis=1)[:, 0]
+
+
+# ---- the plain policy ----
+
+
+def _plain(imagination: Imagination) -> Planner:
+    def plan(params, prompt, key, temperature, user=None):
+        written, tokens_B = imagination.write(params, prompt, key, temperature, None)
+        return Planned(written, jnp.zeros_like(tokens_B, jnp.float32), tokens_B)
+
+    return plan
+
+
+# ---- roll-outs, and their iteration ----
+
+
+def taken(tree: Any, index_BK: Array) -> Any:
+    """Rows (B * C, ...), those of a prompt together -> those at `index_BK` of each prompt, (B * K, ...)."""
+    B, K = index_BK.shape
+
+    def take(x):
+        x = x.reshape(B, -1, *x.shape[1:])
+        picked = jnp.take_along_axis(x, index_BK.reshape(B, K, *(1,) * (x.ndim - 2)), axis=1)
+        return picked.reshape(B * K, *x.shape[2:])
+
+    return jax.tree.map(take, tree)
+
+
+def joined(first: Any, second: Any, B: int) -> Any:
+    """Rows of two trees, (B * C, ...) each, those of a prompt together."""
+
+    def join(x, y):
+        x, y = (a.reshape(B, -1, *a.shape[1:]) for a in (x, y))
+        both = jnp.concatenate([x, y], axis=1)
+        return both.reshape(-1, *both.shape[2:])
+
+    return jax.tree.map(join, first, second)
+
+
+def identical(dialogue: Dialogue, B: int) -> Array:
+    """bool (B, C, C): which candidates of a prompt are the same text."""
+    token_BCT = dialogue.token_BT.reshape(B, -1, dialogue.token_BT.shape[1])
+    return jnp.all(token_BCT[:, :, None] == token_BCT[:, None], axis=-1)
+
+
+def beginnings(protocol: pr.Protocol, elites: Dialogue, from_B: Array, key: Array) -> Dialogue:
+    """Each turn that starts at `from_B`, cut off at a place drawn at random: new candidates begin like it."""
+    length_B = prompt_lengths(elites)
+    place_B = from_B + jax.random.randint(key, from_B.shape, 0, jnp.maximum(length_B - from_B, 1))
+    return rollout.prefix(protocol, elites, place_B).replace(ended_B=elites.ended_B & (length_B <= from_B))
+
+
+@flax.struct.dataclass
+class Pool:
+    """Candidates of each prompt, (B * C, ...), those of a prompt together."""
+
+    dialogue: Dialogue
+    worth_B: Array  # f32, the mean over all looks at it
+    looks_B: Array  # f32, how often it was looked at
+
+
+def _iterated(imagination: Imagination) -> Planner:
+    """`rollouts` and, with more than one round, `mpc`."""
+    cfg, plan = imagination.cfg, imagination.plan
+    C, M, E = plan.candidates, plan.futures if plan.depth else 1, min(plan.elites, plan.candidates)
+    rounds = plan.iterations if cfg.plan == "mpc" else 1
+
+    def decide(params, prompt, key, temperature, user=None):
+        from_B, B = prompt_lengths(prompt), prompt.uid_B.shape[0]
+
+        def written(base: Dialogue, copies: int, key: Array) -> tuple[Pool, Array]:
+            """New candidates, nothing known of them, and the tokens that they took of each prompt."""
+            dialogue, tokens_B = imagination.write(params, base, key, temperature, None, copies=copies)
+            zeros_B = jnp.zeros(B * C)
+            return Pool(dialogue, zeros_B, zeros_B), jnp.sum(tokens_B.reshape(B, C), axis=1)
+
+        def looked_at(pool: Pool, key: Array) -> tuple[Pool, Array]:
+            """Imagines M more futures of every candidate; the tokens that they took of each prompt."""
+            rows = pool.worth_B.shape[0]
+            future = pool.dialogue.replace(uid_B=copy_uids(prompt.uid_B, rows // B, salt=1))  # copied once more below
+            tokens_B = jnp.zeros(rows, jnp.int32)
+            if plan.depth:
+                turns = 2 * plan.depth - 1
+                future, tokens_B = imagination.write(params, future, key, temperature, user, turns=turns, copies=M)
+            look = imagination.look(params, future, jnp.repeat(from_B, rows // B * M))
+            return_BM = look.return_B.reshape(rows, M)
+            worth_B = jnp.mean(return_BM, axis=1) - plan.kappa * jnp.std(return_BM, axis=1)
+            # Candidates of the same text are one: what followed any of them was said of all.
+            same_BCC = identical(pool.dialogue, B)
+            worth_B = jnp.einsum("BCX,BX->BC", same_BCC, worth_B.reshape(B, -1)) / jnp.sum(same_BCC, axis=-1)
+            looks_B = pool.looks_B + 1
+            worth_B = pool.worth_B + (worth_B.reshape(rows) - pool.worth_B) / looks_B
+            return pool.replace(worth_B=worth_B, looks_B=looks_B), jnp.sum(tokens_B.reshape(B, -1), axis=1)
+
+        def elites(pool: Pool) -> Pool:
+            return taken(pool, jax.lax.top_k(pool.worth_B.reshape(B, -1), E)[1])
+
+        def again(carry, key):
+            best, tokens_B = carry
+            base_key, cut_key, write_key, look_key = jax.random.split(key, 4)
+            base = taken(best.dialogue, jax.random.randint(base_key, (B, C), 0, E))
+            base = base.replace(uid_B=copy_uids(prompt.uid_B, C))
+            base = beginnings(imagination.protocol, base, jnp.repeat(from_B, C), cut_key)
+            new, written_B = written(base, 1, write_key)
+            pool, looked_B = looked_at(joined(best, new, B), look_key)
+            return (elites(pool), tokens_B + written_B + looked_B), None
+
+        look_key, choice_key, rounds_key = (jax.random.fold_in(key, n) for n in range(1, 4))
+        pool, written_B = written(prompt, C, key)  # the first one is what the policy would have said
+        pool, looked_B = looked_at(pool, look_key)
+        tokens_B = written_B + looked_B
+        if rounds > 1:
+            (pool, tokens_B), _ = jax.lax.scan(again, (elites(pool), tokens_B), jax.random.split(rounds_key, rounds - 1))
+        worth_BC = pool.worth_B.reshape(B, -1)
+        chosen_B = jnp.argmax(worth_BC, axis=1)
+        if plan.temperature:
+            chosen_B = jax.random.categorical(choice_key, worth_BC / plan.temperature)
+        chosen = taken(pool, chosen_B[:, None])
+        return Planned(chosen.dialogue.replace(uid_B=prompt.uid_B), chosen.worth_B, tokens_B)
+
+    return decide
+
+
+# ---- tree search ----
+
+
+@flax.struct.dataclass
+class Node:
+    """A state of the tree in which the assistant is to speak."""
+
+    candidate_BK: Dialogue  # its actions, (B, K, ...)
+    from_B: Array  # i32, where they begin
+    tokens_B: Array  # i32, written to make this node
+
+
+def _searched(imagination: Imagination) -> Planner:
+    cfg, plan = imagination.cfg, imagination.plan
+    K = plan.candidates
+
+    def decide(params, prompt, key, temperature, user=None):
+        B = prompt.uid_B.shape[0]
+
+        def actions(state: Dialogue, key: Array, tokens_B: Array) -> tuple[Node, Array]:
+            """Candidates drawn from the policy, and the log of the share that each text has of them."""
+            written, own_B = imagination.write(params, state, key, temperature, None, copies=K)
+            same_BKK = identical(written, B)
+            repeated_BK = jnp.argmax(same_BKK, axis=-1) < jnp.arange(K)[None]
+            share_BK = jnp.mean(same_BKK.astype(jnp.float32), axis=-1)
+            candidates = jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), written)
+            node = Node(candidates, prompt_lengths(state), tokens_B + jnp.sum(own_B.reshape(B, K), axis=1))
+            return node, jnp.where(repeated_BK, REPEATED, jnp.log(share_BK))
+
+        def step(params, key, action_B, node: Node):
+            reply_key, write_key = jax.random.split(key)
+            said = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), node.candidate_BK)
+            said = taken(said, action_B[:, None]).replace(uid_B=prompt.uid_B)
+            replied, tokens_B = imagination.write(params, said, reply_key, temperature, user)
+            look = imagination.look(params, replied, node.from_B)
+            after, prior_BK = actions(replied, write_key, tokens_B)
+            out = mctx.RecurrentFnOutput(
+                reward=look.reward_B,
+                discount=jnp.where(replied.ended_B, 0.0, cfg.returns.discount),
+                prior_logits=prior_BK,
+                value=look.value_B,
+            )
+            return out, after
+
+        root, prior_BK = actions(prompt, key, jnp.zeros(B, jnp.int32))  # the first one is what the policy would have said
+        value_B = imagination.open_value(params, prompt)
+        found = mctx.gumbel_muzero_policy(
+            params,
+            jax.random.fold_in(key, 1),
+            mctx.RootFnOutput(prior_logits=prior_BK, value=value_B, embedding=root),
+            step,
+            num_simulations=plan.simulations,
+            invalid_actions=prior_BK <= REPEATED,
+            max_depth=plan.depth or None,
+            gumbel_scale=plan.temperature,
+        )
+        said = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), root.candidate_BK)
+        chosen = taken(said, found.action[:, None]).replace(uid_B=prompt.uid_B)
+        worth_BK = found.search_tree.qvalues(jnp.zeros(B, jnp.int32))
+        worth_B = jnp.take_along_axis(worth_BK, found.action[:, None], axis=1)[:, 0]
+        return Planned(chosen, worth_B, jnp.sum(found.search_tree.embeddings.tokens_B, axis=1))
+
+    return decide
