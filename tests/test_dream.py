@@ -110,7 +110,8 @@ def test_a_run_leaves_its_results_behind(whole):
 def test_a_finished_run_is_judged_by_the_exact_user(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "w")
     before = results(workdir)
-    said = run(workdir, {"eval.final_dialogues": 6, "eval.user_dialogues": 6}, "evaluate")
+    ahead = {"plan": "rollouts", "planner.candidates": 2, "planner.futures": 1, "planner.depth": 1}
+    said = run(workdir, {"eval.final_dialogues": 6, "eval.user_dialogues": 6} | ahead, "evaluate")
     after = results(workdir)
     assert {name: after[name] for name in before} == before, "the same policy with the same users scores the same"
     named = ("true/success/seen", "imagined/true_return", "drift/policy_under_reference", "scripted/oracle/success")
@@ -120,6 +121,9 @@ def test_a_finished_run_is_judged_by_the_exact_user(whole, tmp_path):
     assert not [name for name in named if not isinstance(after.get(name), float)]
     assert after["user/recorded/nll"] > after["user/recorded/nll_floor"] > 0.3
     assert after["user_nll/val"] == pytest.approx(after["user/recorded/nll"], rel=0.2)
+    gain = after["plan/true/return"] - before["true/return"]
+    assert after["plan/gain"] == pytest.approx(gain, abs=1e-5) and after["plan/tokens_a_turn"] > 2
+    assert "The same with its turns planned" in said and "seconds a turn" in said
     assert "The learned user" in said and "learned user, learned reward" in said
     assert "evaluation.png" in (workdir / "evaluation.md").read_text() and (workdir / "evaluation.png").exists()
 
@@ -239,10 +243,13 @@ def test_a_run_begun_with_anothers_likelihood_phase_is_the_run_that_learnt_it_it
 
 def test_negotiations(tmp_path):
     deals = write_deals(tmp_path / "deals")
-    run(tmp_path / "w", NEGOTIATION | {"data_dir": deals})
+    distilled = {"plan": "rollouts", "loss.distil": 0.5, "planner.candidates": 2, "planner.futures": 1, "planner.depth": 1}
+    run(tmp_path / "w", NEGOTIATION | {"data_dir": deals} | distilled)
+    assert "loss/distil" in lines(tmp_path / "w")[-2]
     figures = results(tmp_path / "w")
     named = ("partner/score_a", "partner/score_b", "partner/agreed", "partner/pareto", "partner/turns", "split_accuracy/val")
     named += ("true/return", "imagined/return", "gap/total", "outcome_nll/val", "word_ppl/val", "user_nll/val")
+    named += ("split_accuracy/val/whole",)
     assert not [name for name in named if not isinstance(figures.get(name), float)]
     assert figures["true/return"] == figures["partner/score_a"] and 0 <= figures["partner/agreed"] <= 100
     assert figures["gap/total"] == pytest.approx(figures["gap/user_model"] + figures["gap/reward_model"])
