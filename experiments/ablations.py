@@ -16,22 +16,17 @@ The table is W/ablations.md, with W/ablations.csv (a line per row and seed) and 
 beside --workdir, it adds the rows and seeds that have no runs in W.
 """
 
-import copy
-import dataclasses
-import math
 import pathlib
-import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from absl import flags
 
-from mbrl_lm import ablation_runs, ablation_table, config
-from mbrl_lm.ablation_table import Claim, Line
-from mbrl_lm.command_line import flatten
+from mbrl_lm import ablation_plan, ablation_runs, ablation_table, config, presets
+from mbrl_lm.ablation_plan import Plan, Row, command_lines, paced, start_of, table_lines
+from mbrl_lm.ablation_table import Claim
 from mbrl_lm.config import Config, ConfigError
 
 SWEEP = pathlib.Path(__file__).parent.parent / "launch" / "sweep.py"
@@ -55,22 +50,6 @@ NO_IMAGINATION = {"imagine.batch": 0, **OFF}
 SMALL_STEPS = {"loss.policy": 2.0, "loss.trust": 0.3, "loss.kl": 0.01}
 MODEL_FREE = {**NO_IMAGINATION, **SMALL_STEPS, "loss.user": 0.0}
 START = {"train.rl_steps": 0, "collect.every": 0, **NO_IMAGINATION}  # the likelihood phase alone
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row: how it differs from the full method, and what that should show."""
-
-    name: str
-    group: str  # its number, and what the group is about
-    overrides: Mapping[str, Any]  # dotted names of the config
-    shows: str
-    # Those of them that the likelihood phase has, too; rows that agree in them share it. None: the row has no such phase.
-    start: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
-    expects: str = ""  # higher, lower or no clear difference: of `figure`, compared with `against`
-    figure: str = "true/success"
-    against: str = "full"
-    tried: int = 1  # configurations
 
 
 # ---- the rows ----
@@ -210,114 +189,28 @@ def _signal_and_start(full: Config) -> list[Row]:
     ]  # fmt: skip
 
 
-def paced(full: Config, updates: int) -> dict[str, int]:
-    """RL in so many updates with as many real dialogues: collected at other intervals, or several collections at once."""
-    if not full.collect.every:
-        return {"train.rl_steps": updates}
-    wanted = math.ceil(full.train.rl_steps / full.collect.every)
-    merged = math.ceil(wanted / updates)
-    every = min(range(1, updates + 1), key=lambda every: abs(math.ceil(updates / every) * merged - wanted))
-    return {"train.rl_steps": updates, "collect.every": every, "collect.batch": full.collect.batch * merged}
-
-
-# ---- from rows to runs ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All rows of a variant, and which of them have runs of their own."""
-
-    variant: str
-    full: Config
-    rows: dict[str, Row]
-    runs: dict[str, str]  # row -> the first row with the same config
-
-
 def make_plan(variant: str) -> Plan:
     """The rows of a variant.
 
     Raises:
       ConfigError: there is no such variant, or a row's config contradicts itself.
     """
-    full = config.preset(DATA, variant)
-    rows = {row.name: row for row in make_rows(full)}
-    first, runs = {}, {}
-    for row in rows.values():
-        _check(full, row)
-        runs[row.name] = first.setdefault(repr((_differing(full, row.overrides), _start(full, row))), row.name)
-    return Plan(variant, full, rows, runs)
-
-
-def _check(full: Config, row: Row) -> None:
-    for overrides in [row.overrides] + ([START | row.start] if row.start is not None else []):
-        try:
-            config.check(config.override(copy.deepcopy(full), dict(overrides)))
-        except ConfigError as error:
-            raise ConfigError(f"row {row.name}: {error}") from error
-
-
-def _differing(full: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that change something, by name."""
-    before = flatten(full)
-    return {name: overrides[name] for name in sorted(overrides) if overrides[name] != before[name]}
-
-
-def _start(full: Config, row: Row) -> str | None:
-    """The directory, inside W, of the likelihood phase that a row begins with."""
-    if row.start is None:
-        return None
-    return "-".join(["start", *(f"{name}={value}" for name, value in _differing(full, row.start).items())])
+    full = presets.preset(DATA, variant)
+    return ablation_plan.make_plan(variant, full, make_rows(full), START)
 
 
 def select(plan: Plan, which: str) -> list[str]:
-    """The rows with runs that `all`, `quick`, `claims`, or names and numbers of groups stand for, in the table's order.
+    """The rows with runs that `all`, `main`, `quick`, `claims`, or names and numbers of groups stand for.
 
     Raises:
       ConfigError: there is no such row.
     """
     claimed = {name for claim in CLAIMS for name in (claim.row, claim.against) if name}
     claimed |= {name for name, row in plan.rows.items() if row.group == GUARD_ROWS}
-    words = {"all": plan.rows, "main": MAIN, "quick": QUICK, "claims": claimed}
-    chosen = set()
-    for word in which.split(","):
-        group = [row.name for row in plan.rows.values() if row.group.split()[0] == word]
-        names = words.get(word) or group or [word]
-        if not set(names) <= set(plan.rows):
-            groups = ",".join(dict.fromkeys(row.group.split()[0] for row in plan.rows.values()))
-            raise ConfigError(
-                f"--rows={word} is no row: use all, main, quick, claims, numbers of {groups}, or names as in the table"
-            )
-        chosen |= {plan.runs[name] for name in names}
-    return [name for name in plan.rows if name in chosen]
+    return ablation_plan.select(plan, which, {"main": MAIN, "quick": QUICK, "claims": claimed})
 
 
-def command_lines(
-    plan: Plan, names: Sequence[str], seeds: int, workdir: pathlib.Path, python: str = "python"
-) -> list[list[str]]:
-    """Two stages of command lines: the likelihood phases that are begun with, and the rows; seeds are next to each other."""
-    starts, rows = {}, []
-    for name in names:
-        row = plan.rows[name]
-        begin = _start(plan.full, row)
-        if begin:
-            starts[begin] = START | row.start
-        for seed in range(seeds):
-            more = {"start": str(workdir / begin / f"seed_{seed}")} if begin else {}
-            rows.append(_command(plan, workdir / name, seed, row.overrides, more, python))
-    first = [
-        _command(plan, workdir / begin, seed, overrides, {}, python)
-        for begin, overrides in starts.items()
-        for seed in range(seeds)
-    ]
-    return [stage for stage in (first, rows) if stage]
-
-
-def _command(plan: Plan, directory: pathlib.Path, seed: int, overrides, more: Mapping[str, str], python: str) -> str:
-    fields = {"seed": seed, "cpu_devices": 1, **_differing(plan.full, overrides), **more}
-    given = [f"--config.{name}={str(value).replace(', ', ',')}" for name, value in fields.items()]
-    return shlex.join(
-        [python, "-m", "experiments.dream", f"--workdir={directory / f'seed_{seed}'}", f"--variant={plan.variant}", *given]
-    )
+# ---- the runs ----
 
 
 def sweep(commands: pathlib.Path, jobs: int) -> int:
@@ -329,17 +222,6 @@ def sweep(commands: pathlib.Path, jobs: int) -> int:
 
 
 # ---- the table ----
-
-
-def table_lines(plan: Plan) -> list[Line]:
-    """The rows as lines of the table."""
-    return [
-        Line(
-            row.name, row.group, plan.runs[row.name], row.shows, row.expects, row.figure, row.against, row.tried,
-            _start(plan.full, row) or "",
-        )
-        for row in plan.rows.values()
-    ]  # fmt: skip
 
 
 def write_table(plan: Plan, workdir: pathlib.Path, before: ablation_runs.Records) -> pathlib.Path:
@@ -370,7 +252,7 @@ def small_table(plan: Plan, workdir: pathlib.Path) -> str:
     from mbrl_lm.envs.concierge import TEST_UIDS
 
     scripted = yardsticks.with_true_user(plan.full, TEST_UIDS[: plan.full.eval.final_dialogues])
-    start = workdir / (_start(plan.full, plan.rows["full"]) or "")
+    start = workdir / (start_of(plan.full, plan.rows["full"]) or "")
 
     def judged(directory: pathlib.Path) -> Mapping[str, float]:
         lines = [x for x in ablation_runs.read_lines(directory / "seed_0" / "metrics.jsonl") if "true/success" in x]

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from mbrl_lm import config as configs
-from mbrl_lm.config import Config, ConfigError
+from mbrl_lm import contradictions, presets
+from mbrl_lm.config import Config, ConfigError, override
 
 FLAGS = flags.FLAGS
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; the same command resumes what is in it.")
@@ -64,9 +64,9 @@ def parse(argv: Sequence[str], of_run: bool = False) -> Config:
         if fixed:
             raise ConfigError(f"--config.{fixed[0]} is fixed by the run in {WORKDIR.value}: leave it out")
     else:
-        config = configs.preset(given.get("data", Config().data), VARIANT.value)
-    configs.override(config, given)
-    configs.check(config)
+        config = presets.preset(given.get("data", Config().data), VARIANT.value)
+    override(config, given)
+    contradictions.check(config)
     return config
 
 
@@ -80,7 +80,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         del fields["variant"]
-        return configs.override(Config(), {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        return override(Config(), {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
     except FileNotFoundError as error:
         raise ConfigError(f"--workdir={workdir} holds no run: train one there with experiments.dream") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from experiments import ablations
-from mbrl_lm import ablation_runs, ablation_table, command_line, config, trained
+from mbrl_lm import ablation_plan, ablation_runs, ablation_table, command_line, config, presets, trained
 from mbrl_lm.ablation_table import Claim, Line
 
 VARIANT = "tiny"
@@ -70,7 +70,7 @@ def test_equal_rows_are_run_once_and_follow_the_preset(plan, monkeypatch):
     assert (plan.runs["5_live"], plan.runs["5_population"], plan.runs["8_none"]) == ("full", "5_population", "full")
     guarded = {"imagine.user": "population", "model.user_heads": 3, "guard.penalty": 0.25}
     guarded |= {"guard.truncation": 0.5, "guard.discriminator": 0.125, "guard.anchors": True}
-    monkeypatch.setitem(config.PRESETS["concierge"], "guarded", config.PRESETS["concierge"]["tiny"] | guarded)
+    monkeypatch.setitem(presets.PRESETS["concierge"], "guarded", presets.PRESETS["concierge"]["tiny"] | guarded)
     other = ablations.make_plan("guarded")
     assert (other.runs["5_live"], other.runs["5_population"], other.runs["8_all"]) == ("5_live", "full", "full")
     assert (
@@ -90,7 +90,7 @@ def test_equal_rows_are_run_once_and_follow_the_preset(plan, monkeypatch):
 )
 def test_other_numbers_of_updates_collect_as_many_dialogues(rl, every, updates, expected):
     cfg = config.override(config.Config(), {"train.rl_steps": rl, "collect.every": every, "collect.batch": 16})
-    assert ablations.paced(cfg, updates) == expected
+    assert ablation_plan.paced(cfg, updates) == expected
 
 
 def test_the_small_table_names_everybody_and_leaves_gaps_for_what_is_not_there(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_the_small_table_names_everybody_and_leaves_gaps_for_what_is_not_there(t
         "step": 9,
         **{f"true/{n}{end}": x for n in ("success", "return") for end, x in (("", 0.5), ("_low", 0.4), ("_high", 0.6))},
     }
-    for name in (ablations._start(plan.full, plan.rows["full"]), "full"):
+    for name in (ablation_plan.start_of(plan.full, plan.rows["full"]), "full"):
         (tmp_path / name / "seed_0").mkdir(parents=True)
         (tmp_path / name / "seed_0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     rows = ablations.small_table(plan, tmp_path).splitlines()[1:]
@@ -128,7 +128,7 @@ def test_groups_and_names_are_selected_in_the_order_of_the_table(plan):
 
 
 def test_command_lines_are_configs(plan, tmp_path):
-    stages = ablations.command_lines(plan, ablations.select(plan, "all"), 1, tmp_path)
+    stages = ablation_plan.command_lines(plan, ablations.select(plan, "all"), 1, tmp_path)
     fields = command_line.flatten(config.Config())
     for line in (line for stage in stages for line in stage):
         words = shlex.split(line)
@@ -138,7 +138,7 @@ def test_command_lines_are_configs(plan, tmp_path):
 
 
 def test_a_command_line_is_parsed_to_the_config_of_its_row(plan, tmp_path):
-    _, (line,) = ablations.command_lines(plan, ["7_real_25_anchors"], 1, tmp_path / "a b")
+    _, (line,) = ablation_plan.command_lines(plan, ["7_real_25_anchors"], 1, tmp_path / "a b")
     program = (
         "import sys; from mbrl_lm import command_line as c; f = c.flatten(c.parse(sys.argv));"
         "print(f['imagine.share'], f['guard.anchors'], f['start'])"
@@ -149,7 +149,7 @@ def test_a_command_line_is_parsed_to_the_config_of_its_row(plan, tmp_path):
 
 def test_likelihood_phases_are_shared_where_they_are_the_same(plan, tmp_path):
     names = ["full", "1b_model_free", "9_adapter", "12_joint", "11_greedy"]
-    starts, rows = ablations.command_lines(plan, names, 2, tmp_path)
+    starts, rows = ablation_plan.command_lines(plan, names, 2, tmp_path)
     assert len(starts) == 6 and len(rows) == 10
 
     def flags(line):

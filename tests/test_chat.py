@@ -18,7 +18,7 @@ from fakes import follows, one_device, table_net
 from tiny import noisy
 
 from experiments import chat
-from mbrl_lm import app, config, conversation, tokenizer, value
+from mbrl_lm import app, config, conversation, presets, tokenizer, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.conversation import Conversation, Speaker
 from mbrl_lm.data import load
@@ -54,7 +54,7 @@ def says(text: str) -> dict[str, np.ndarray]:
 
 
 def config_of(**values) -> config.Config:
-    cfg = config.preset("chat_jsonl", "tiny")
+    cfg = presets.preset("chat_jsonl", "tiny")
     sizes = {"tokens": 48, "turns": 4, "turn_tokens": 12, "model.bins": 11, "model.width": 16, "eval.temperature": 0.5}
     return config.override(cfg, sizes | values)
 
@@ -539,7 +539,7 @@ def test_an_empty_context_is_not_shown(path):
 
 
 def test_the_catalogues_of_a_person_are_nobody_elses():
-    shown = chat.contexts(config.preset("concierge", "tiny"), None)
+    shown = chat.contexts(presets.preset("concierge", "tiny"), None)
     assert [shown(n) for n in range(3)] == Concierge(0, [TEST_UIDS[200_000_000 + n] for n in range(3)]).contexts
     assert len({shown(n) for n in range(20)}) == 20
     assert chat.CHAT_UIDS[0] > TEST_UIDS[100_000_000] and chat.CHAT_UIDS[-1] in TEST_UIDS  # the judges' are the first ones
@@ -555,7 +555,7 @@ def test_contexts_of_recordings_are_held_out_ones():
 
 def test_negotiations_are_refused(tmp_path):
     with pytest.raises(config.ConfigError, match="deal_or_no_deal, a negotiation") as told:
-        chat.main(app.Run(config.preset("deal_or_no_deal", "tiny"), "tiny", tmp_path))
+        chat.main(app.Run(presets.preset("deal_or_no_deal", "tiny"), "tiny", tmp_path))
     assert "\n" not in str(told.value)
 
 

@@ -7,7 +7,8 @@ import pytest
 from absl.testing import flagsaver
 
 from mbrl_lm import command_line
-from mbrl_lm.config import Config, ConfigError, preset
+from mbrl_lm.config import Config, ConfigError
+from mbrl_lm.presets import preset
 
 
 def test_only_what_is_given_is_set(monkeypatch):

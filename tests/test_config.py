@@ -2,7 +2,7 @@
 
 import pytest
 
-from mbrl_lm import config
+from mbrl_lm import config, contradictions, presets
 
 CONTRADICTIONS = [
     ("concierge", {"model.heads": 3}, "model.heads must divide"),
@@ -56,16 +56,16 @@ CONTRADICTIONS = [
 
 
 def preset(data: str, variant: str = "default") -> config.Config:
-    return config.override(config.preset(data, variant), {"data_dir": "" if data == "concierge" else "somewhere"})
+    return config.override(presets.preset(data, variant), {"data_dir": "" if data == "concierge" else "somewhere"})
 
 
-@pytest.mark.parametrize("data, variant", [(data, variant) for data, some in config.PRESETS.items() for variant in some])
+@pytest.mark.parametrize("data, variant", [(data, variant) for data, some in presets.PRESETS.items() for variant in some])
 def test_presets_are_consistent(data, variant):
-    config.check(preset(data, variant))
+    contradictions.check(preset(data, variant))
 
 
 @pytest.mark.parametrize("data, values, message", CONTRADICTIONS)
 def test_contradictions_are_refused(data, values, message):
     with pytest.raises(config.ConfigError) as caught:
-        config.check(config.override(preset(data), values))
+        contradictions.check(config.override(preset(data), values))
     assert message in str(caught.value)

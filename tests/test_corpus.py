@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import write_deals
 
-from mbrl_lm import config, tokenizer
+from mbrl_lm import config, presets, tokenizer
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings, scenario_key
 from mbrl_lm.data.corpus import load_corpus, rename, write_logs
@@ -16,7 +16,7 @@ from mbrl_lm.envs.concierge.renaming import RENAMINGS
 
 def config_of(data, data_dir="", **values):
     values = {name.replace("__", "."): value for name, value in values.items()}
-    return config.override(config.preset(data, "tiny"), {"data_dir": str(data_dir), "logs": 12, "val_logs": 4} | values)
+    return config.override(presets.preset(data, "tiny"), {"data_dir": str(data_dir), "logs": 12, "val_logs": 4} | values)
 
 
 def write_chats(raw_dir, word):

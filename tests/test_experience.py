@@ -9,7 +9,7 @@ import pytest
 from fakes import one_device
 from tiny import noisy
 
-from mbrl_lm import config, guards, learner, tokenizer
+from mbrl_lm import config, guards, learner, presets, tokenizer
 from mbrl_lm import experience as experience_lib
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.corpus import Corpus
@@ -28,7 +28,7 @@ SIZES |= {"train.batch": ROWS, "collect.batch": ROWS, "imagine.batch": ROWS, "co
 def made():
     """Of a config: the experience, a state, the corpus. What is compiled is shared where it can be."""
     pieces = tokenizer.Tokenizer(tokenizer.train([" ".join(vocabulary())], config.Tokenizer()))
-    cfg = config.override(config.preset("concierge", "tiny"), SIZES)
+    cfg = config.override(presets.preset("concierge", "tiny"), SIZES)
     protocol = pr.make_protocol("chat", pieces.vocab_size, pieces.unknown, cfg.turn_tokens)
     records = []
     for raw in logs(0, 9, places=cfg.places):

@@ -9,6 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {  # the longest name that a module's name begins with decides
     "types": 0,
     "config": 0,
+    "presets": 0,
+    "contradictions": 0,
     "protocol": 1,
     "tokenizer": 1,
     "sharding": 1,
@@ -40,6 +42,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "report": 5,
     "evaluation_report": 5,
     "ablation_runs": 5,
+    "ablation_plan": 5,
     "ablation_table": 5,
     "user_report": 5,
     "conversation": 5,

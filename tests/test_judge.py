@@ -10,7 +10,7 @@ import pytest
 from fakes import follows, one_device, table_net, write_deals
 from tiny import config_of, dialogue, tokens, world
 
-from mbrl_lm import config, judge, learner, tokenizer, value
+from mbrl_lm import config, judge, learner, presets, tokenizer, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.data.records import Record, Turn
@@ -121,7 +121,7 @@ def test_a_user_who_behaves_otherwise_shows_in_the_user_models_part(monkeypatch)
 
 
 def test_the_partner_is_judged_with_scenarios_that_neither_side_learns_from(tmp_path, monkeypatch):
-    cfg = config.override(config.preset("deal_or_no_deal", "tiny"), {"tokenizer.min_count": 1, "partner.share": 0.3})
+    cfg = config.override(presets.preset("deal_or_no_deal", "tiny"), {"tokenizer.min_count": 1, "partner.share": 0.3})
     cfg.data_dir = str(write_deals(tmp_path / "deals"))
     corpus = load_corpus(cfg, tmp_path)
     monkeypatch.setattr(judge, "fit_partner", lambda *args, **kwargs: None)
@@ -163,7 +163,7 @@ def test_the_concierges_figures(monkeypatch):
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: goodbye, goodbye: pr.TO_USER, pr.TO_USER: pr.STOP})
     monkeypatch.setattr(ConciergeJudge, "ROWS", 4)
     sizes = {"seed": 1, "tokens": 88, "turns": 3, "turn_tokens": 6, "eval.temperature": 0.1}
-    cfg = config.override(config.preset("concierge", "tiny"), sizes)
+    cfg = config.override(presets.preset("concierge", "tiny"), sizes)
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
     sat = make_judge(cfg, table_net(cfg.model.bins), corpus, one_device(), None)
     figures, real = sat.evaluate(params, KEY, 6)
@@ -186,7 +186,7 @@ def test_a_policy_whose_turns_never_fit_is_judged_all_the_same(monkeypatch):
     hello = pieces.encode("hello")[0]
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: hello, hello: hello})
     monkeypatch.setattr(ConciergeJudge, "ROWS", 2)
-    cfg = config.override(config.preset("concierge", "tiny"), {"tokens": 88, "turns": 3, "turn_tokens": 40})
+    cfg = config.override(presets.preset("concierge", "tiny"), {"tokens": 88, "turns": 3, "turn_tokens": 40})
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
     figures, real = ConciergeJudge(cfg, table_net(cfg.model.bins), corpus, one_device(), None).evaluate(params, KEY, 2)
     assert real.cut_B.all() and figures["true/turns"] == figures["true/return"] == figures["true/outcome"] == 0

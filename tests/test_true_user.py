@@ -8,7 +8,7 @@ import pytest
 from fakes import follows, one_device, table_net
 from tiny import noisy, take
 
-from mbrl_lm import config, tokenizer
+from mbrl_lm import config, presets, tokenizer
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs.concierge import TEST_UIDS, TRAIN_UIDS, Concierge, vocabulary
 from mbrl_lm.envs.concierge.words import FILLERS
@@ -23,7 +23,7 @@ HAND_OVER = {"end": pr.STOP, "leave": pr.LEAVE}
 
 
 def config_of(**values):
-    return config.override(config.preset("concierge", "tiny"), SIZES | values)
+    return config.override(presets.preset("concierge", "tiny"), SIZES | values)
 
 
 @functools.cache
