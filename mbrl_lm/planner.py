@@ -56,7 +56,7 @@ def make_planner(cfg: config.Config, net: Net, protocol: pr.Protocol) -> Planner
     always the policy's.
     """
     kinds = {"none": _plain, "rollouts": _iterated, "mpc": _iterated, "gumbel": _searched}
-    return kinds[cfg.plan](Imagination(cfg, net, protocol))
+    return kinds[cfg.plan](Lookahead(cfg, net, protocol))
 
 
 def affordable(cfg: config.Config) -> config.Planner:
@@ -83,7 +83,7 @@ def affordable(cfg: config.Config) -> config.Planner:
     return dataclasses.replace(plan, **{name: min(getattr(plan, name), most)})
 
 
-class Imagination:
+class Lookahead:
     """How a planner writes candidates, imagines what follows, and what it makes of that.
 
     Args:
@@ -155,9 +155,9 @@ def _at(x_BT: Array, position_B: Array) -> Array:
 # ---- the plain policy ----
 
 
-def _plain(imagination: Imagination) -> Planner:
+def _plain(ahead: Lookahead) -> Planner:
     def plan(params, prompt, key, temperature, user=None):
-        written, tokens_B = imagination.write(params, prompt, key, temperature, None)
+        written, tokens_B = ahead.write(params, prompt, key, temperature, None)
         return Planned(written, jnp.zeros_like(tokens_B, jnp.float32), tokens_B)
 
     return plan
@@ -211,9 +211,9 @@ class Pool:
     looks_B: Array  # f32, how often it was looked at
 
 
-def _iterated(imagination: Imagination) -> Planner:
+def _iterated(ahead: Lookahead) -> Planner:
     """`rollouts` and, with more than one round, `mpc`."""
-    cfg, plan = imagination.cfg, imagination.plan
+    cfg, plan = ahead.cfg, ahead.plan
     C, M, E = plan.candidates, plan.futures if plan.depth else 1, min(plan.elites, plan.candidates)
     rounds = plan.iterations if cfg.plan == "mpc" else 1
 
@@ -222,7 +222,7 @@ def _iterated(imagination: Imagination) -> Planner:
 
         def written(base: Dialogue, copies: int, key: Array) -> tuple[Pool, Array]:
             """New candidates, nothing known of them, and the tokens that they took of each prompt."""
-            dialogue, tokens_B = imagination.write(params, base, key, temperature, None, copies=copies)
+            dialogue, tokens_B = ahead.write(params, base, key, temperature, None, copies=copies)
             zeros_B = jnp.zeros(B * C)
             return Pool(dialogue, zeros_B, zeros_B), jnp.sum(tokens_B.reshape(B, C), axis=1)
 
@@ -233,8 +233,8 @@ def _iterated(imagination: Imagination) -> Planner:
             tokens_B = jnp.zeros(rows, jnp.int32)
             if plan.depth:
                 turns = 2 * plan.depth - 1
-                future, tokens_B = imagination.write(params, future, key, temperature, user, turns=turns, copies=M)
-            look = imagination.look(params, future, jnp.repeat(from_B, rows // B * M))
+                future, tokens_B = ahead.write(params, future, key, temperature, user, turns=turns, copies=M)
+            look = ahead.look(params, future, jnp.repeat(from_B, rows // B * M))
             return_BM = look.return_B.reshape(rows, M)
             worth_B = jnp.mean(return_BM, axis=1) - plan.kappa * jnp.std(return_BM, axis=1)
             # Candidates of the same text are one: what followed any of them was said of all.
@@ -252,7 +252,7 @@ def _iterated(imagination: Imagination) -> Planner:
             base_key, cut_key, write_key, look_key = jax.random.split(key, 4)
             base = taken(best.dialogue, jax.random.randint(base_key, (B, C), 0, E))
             base = base.replace(uid_B=copy_uids(prompt.uid_B, C))
-            base = beginnings(imagination.protocol, base, jnp.repeat(from_B, C), cut_key)
+            base = beginnings(ahead.protocol, base, jnp.repeat(from_B, C), cut_key)
             new, written_B = written(base, 1, write_key)
             pool, looked_B = looked_at(joined(best, new, B), look_key)
             return (elites(pool), tokens_B + written_B + looked_B), None
@@ -285,8 +285,8 @@ class Node:
     tokens_B: Array  # i32, written to make this node
 
 
-def _searched(imagination: Imagination) -> Planner:
-    cfg, plan = imagination.cfg, imagination.plan
+def _searched(ahead: Lookahead) -> Planner:
+    cfg, plan = ahead.cfg, ahead.plan
     K = plan.candidates
 
     def decide(params, prompt, key, temperature, user=None):
@@ -294,7 +294,7 @@ def _searched(imagination: Imagination) -> Planner:
 
         def actions(state: Dialogue, key: Array, tokens_B: Array) -> tuple[Node, Array]:
             """Candidates drawn from the policy, and the log of the share that each text has of them."""
-            written, own_B = imagination.write(params, state, key, temperature, None, copies=K)
+            written, own_B = ahead.write(params, state, key, temperature, None, copies=K)
             same_BKK = identical(written, B)
             repeated_BK = jnp.argmax(same_BKK, axis=-1) < jnp.arange(K)[None]
             share_BK = jnp.mean(same_BKK.astype(jnp.float32), axis=-1)
@@ -306,8 +306,8 @@ def _searched(imagination: Imagination) -> Planner:
             reply_key, write_key = jax.random.split(key)
             said = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), node.candidate_BK)
             said = taken(said, action_B[:, None]).replace(uid_B=prompt.uid_B)
-            replied, tokens_B = imagination.write(params, said, reply_key, temperature, user)
-            look = imagination.look(params, replied, node.from_B)
+            replied, tokens_B = ahead.write(params, said, reply_key, temperature, user)
+            look = ahead.look(params, replied, node.from_B)
             after, prior_BK = actions(replied, write_key, tokens_B)
             out = mctx.RecurrentFnOutput(
                 reward=look.reward_B,
@@ -318,7 +318,7 @@ def _searched(imagination: Imagination) -> Planner:
             return out, after
 
         root, prior_BK = actions(prompt, key, jnp.zeros(B, jnp.int32))  # the first one is what the policy would have said
-        value_B = imagination.open_value(params, prompt)
+        value_B = ahead.open_value(params, prompt)
         found = mctx.gumbel_muzero_policy(
             params,
             jax.random.fold_in(key, 1),
