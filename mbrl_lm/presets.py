@@ -110,9 +110,13 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core,
     "checkpoint_every": 750,
 }
 SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
-    "train.supervised_steps": 1000,
-    "train.rl_steps": 150,
-    "collect.every": 3,
+    "train.supervised_steps": 800,
+    "train.rl_steps": 100,
+    "imagine.batch": 48,
+    "collect.every": 4,
+    "collect.batch": 20,
+    "eval.every": 1000,
+    "eval.final_dialogues": 256,
 }
 LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for them
     "places": (4, 8),
