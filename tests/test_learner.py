@@ -260,10 +260,10 @@ def test_counts_are_those_of_the_dialogues():
 def test_weights_scale_each_component_once():
     real, imagined = real_rows(), imagined_rows()
     names = [name for name in RETURN if name not in ("outcome", "trust")]  # there is none of either
-    parts = [gradient(real, imagined, {name: 1.0})[0] for name in names]
+    parts = [gradient(real, imagined, {name: 1.0}, loss__distil=1.0)[0] for name in names]
     weights = {name: 0.5 + 0.25 * i for i, name in enumerate(names)}
     expected = jax.tree.map(lambda *x: sum(w * y for w, y in zip(weights.values(), x, strict=True)), *parts)
-    assert largest_difference(gradient(real, imagined, weights)[0], expected) < 1e-4
+    assert largest_difference(gradient(real, imagined, weights, loss__distil=1.0)[0], expected) < 1e-4
     assert all(norm(part) > 1e-3 for part in parts)
 
 

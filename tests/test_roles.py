@@ -18,7 +18,8 @@ USERS = {"user", "user_heads", "reward", "end", "real_reply", "imagined_reply"} 
 
 
 def roles_world(kind):
-    return world("chat", model__layers=1, model__roles=kind, model__adapter_width=5, model__speakers=True)
+    values = {"model__layers": 1, "model__roles": kind, "model__adapter_width": 5, "model__speakers": True}
+    return world("chat", **values, loss__distil=1.0)
 
 
 def dialogues(w, seed=1):
