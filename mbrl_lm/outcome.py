@@ -11,7 +11,7 @@ import numpy as np
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
-from mbrl_lm.rollout import copied, prefix
+from mbrl_lm.rollout import copied
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
 
@@ -60,10 +60,7 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     def weigh(x) -> Array:
         """Log-probability of each outcome of one dialogue: it is read once, its outcomes side by side."""
         token_T, start, token_S4 = x
-        length_1 = start[None]
-        token_1T = prefix(
-            protocol, jax.tree.map(lambda a: a[:1], dialogue).replace(token_BT=token_T[None]), length_1
-        ).token_BT
+        token_1T = jnp.where(jnp.arange(T) < start, token_T, pr.PAD)[None]
         cache = copied(net.prefill(params, token_1T, net.init_cache(1, T)), outcomes)
 
         def step(carry, place):

@@ -21,7 +21,7 @@ from mbrl_lm import config, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
-from mbrl_lm.rollout import copy_uids, prompt_lengths
+from mbrl_lm.rollout import copy_uids, last_of, prompt_lengths
 from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
@@ -130,7 +130,7 @@ class Lookahead:
         returns = jax.vmap(value.lambda_returns, (0, 0, 0, 0, None))
         return_BU = returns(reward_BU, next_value_BU, discount_BU, acted_BU, 1.0)
         first_B1 = jnp.argmax(acted_BU, axis=1)[:, None]
-        open_value_B = _at(value_BT, from_B - 1)
+        open_value_B = jnp.take_along_axis(value_BT, from_B[:, None] - 1, axis=1)[:, 0]
 
         def decided(x_BU, otherwise_B):
             return jnp.where(jnp.any(acted_BU, axis=1), jnp.take_along_axis(x_BU, first_B1, axis=1)[:, 0], otherwise_B)
@@ -141,15 +141,11 @@ class Lookahead:
 
     def open_value(self, params: Params, prompt: Dialogue) -> Array:
         """The value of the states in which prompts end."""
-        return _at(self._values(self.net.forward(params, prompt.token_BT)), prompt_lengths(prompt) - 1)
+        return last_of(prompt, self._values(self.net.forward(params, prompt.token_BT)))
 
     def _values(self, heads: Heads) -> Array:
         """(B, T): the mean over the value heads, after each token."""
         return jnp.mean(value.mean(heads.value_BTEW, self._centres_W), axis=-1)
-
-
-def _at(x_BT: Array, position_B: Array) -> Array:
-    return jnp.take_along_axis(x_BT, position_B[:, None], axis=1)[:, 0]
 
 
 # ---- the plain policy ----
@@ -302,11 +298,14 @@ def _searched(ahead: Lookahead) -> Planner:
             node = Node(candidates, prompt_lengths(state), tokens_B + jnp.sum(own_B.reshape(B, K), axis=1))
             return node, jnp.where(repeated_BK, REPEATED, jnp.log(share_BK))
 
+        def said(node: Node, action_B: Array) -> Dialogue:
+            """The dialogues of a node with the candidates that were chosen."""
+            candidates = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), node.candidate_BK)
+            return taken(candidates, action_B[:, None]).replace(uid_B=prompt.uid_B)
+
         def step(params, key, action_B, node: Node):
             reply_key, write_key = jax.random.split(key)
-            said = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), node.candidate_BK)
-            said = taken(said, action_B[:, None]).replace(uid_B=prompt.uid_B)
-            replied, tokens_B = ahead.write(params, said, reply_key, temperature, user)
+            replied, tokens_B = ahead.write(params, said(node, action_B), reply_key, temperature, user)
             look = ahead.look(params, replied, node.from_B)
             after, prior_BK = actions(replied, write_key, tokens_B)
             out = mctx.RecurrentFnOutput(
@@ -329,10 +328,8 @@ def _searched(ahead: Lookahead) -> Planner:
             max_depth=plan.depth or None,
             gumbel_scale=plan.temperature,
         )
-        said = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), root.candidate_BK)
-        chosen = taken(said, found.action[:, None]).replace(uid_B=prompt.uid_B)
         worth_BK = found.search_tree.qvalues(jnp.zeros(B, jnp.int32))
         worth_B = jnp.take_along_axis(worth_BK, found.action[:, None], axis=1)[:, 0]
-        return Planned(chosen, worth_B, jnp.sum(found.search_tree.embeddings.tokens_B, axis=1))
+        return Planned(said(root, found.action), worth_B, jnp.sum(found.search_tree.embeddings.tokens_B, axis=1))
 
     return decide

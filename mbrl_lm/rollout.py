@@ -52,6 +52,17 @@ def prompt_lengths(prompt: Dialogue) -> Array:
     return jnp.sum(prompt.author_BT != pr.END, axis=1, dtype=jnp.int32)
 
 
+def last_of(prompt: Dialogue, x_BT: Array) -> Array:
+    """(B,): what stands at the last token of each dialogue."""
+    return jnp.take_along_axis(x_BT, prompt_lengths(prompt)[:, None] - 1, axis=1)[:, 0]
+
+
+def next_role(protocol: pr.Protocol, prompt: Dialogue) -> Array:
+    """(B,) i32: who writes next."""
+    author_B, token_B = (last_of(prompt, x) for x in (prompt.author_BT, prompt.token_BT))
+    return jnp.asarray(protocol.switch_RV)[author_B.astype(jnp.int32), token_B].astype(jnp.int32)
+
+
 def prefix(protocol: pr.Protocol, dialogue: Dialogue, length_B: Array) -> Dialogue:
     """The first `length_B` tokens of each dialogue, as a prompt: nothing after them is known, no reward, no end."""
     keep_BT = jnp.arange(dialogue.token_BT.shape[1])[None] < length_B[:, None]
@@ -109,14 +120,10 @@ def copy_uids(uid_B: Array, copies: int, salt: int = 0) -> Array:
 def _start(protocol: pr.Protocol, view: View, tokens: int, copies: int) -> Stream:
     """Reads the prompt in one pass; entries past a row's own prompt are overwritten before they are seen."""
     prompt = view.prompt
-    (B, P), switch_RV = prompt.token_BT.shape, jnp.asarray(protocol.switch_RV)
+    B, P = prompt.token_BT.shape
     cache = view.net.prefill(view.params, prompt.token_BT, view.net.init_cache(B, tokens))
-    last_B = prompt_lengths(prompt)[:, None] - 1
-    token_B, author_B, place_B = (
-        jnp.take_along_axis(x, last_B, axis=1)[:, 0]
-        for x in (prompt.token_BT, prompt.author_BT, pr.place_in_turn(prompt.turn_BT))
-    )
-    role_B = switch_RV[author_B.astype(jnp.int32), token_B].astype(jnp.int32)
+    author_B, place_B = (last_of(prompt, x) for x in (prompt.author_BT, pr.place_in_turn(prompt.turn_BT)))
+    role_B = next_role(protocol, prompt)
     place_B = jnp.where(role_B == author_B, place_B + 1, 0)
 
     def widen(x_BT, fill):

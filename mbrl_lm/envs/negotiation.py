@@ -67,10 +67,7 @@ def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
 
 def has_floor(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
     """bool (B,): the next token is this side's to write, a turn or the outcome as it sees it."""
-    last_B1 = rollout.prompt_lengths(dialogue)[:, None] - 1
-    author_B, token_B = (jnp.take_along_axis(x, last_B1, axis=1)[:, 0] for x in (dialogue.author_BT, dialogue.token_BT))
-    role_B = jnp.asarray(protocol.switch_RV)[author_B.astype(jnp.int32), token_B]
-    return jnp.isin(role_B, jnp.array([pr.ASSISTANT, pr.OUTCOME], role_B.dtype))
+    return jnp.isin(rollout.next_role(protocol, dialogue), jnp.array([pr.ASSISTANT, pr.OUTCOME]))
 
 
 def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialogue:
