@@ -8,7 +8,7 @@ from tiny import config_of, dialogue, tokens, world
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.envs.negotiation import Table, plan_cost, prompts, settle, summary
+from mbrl_lm.envs.negotiation import Table, has_floor, hear, plan_cost, prompts, settle, summary
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
 SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
@@ -142,6 +142,18 @@ def test_the_partner_plays_with_its_own_network(plan):
         assert plan_cost(figures) == {}
     scores = dialogues.reward_BU
     assert scores.sum(axis=1).tolist() == [6] * 4 and (scores[[1, 2], 0] == 6).all()
+
+
+def test_a_side_hears_words_and_no_outcome_and_has_not_ended_where_it_waits():
+    numbers = " ".join(map(str, SCENARIOS[0][0]))
+    spoken = dialogue(PROTOCOL, [f"bos {numbers} >a a >u", f"bos {numbers} >a a >o 1 0 1 stop"])
+    waiting = dialogue(PROTOCOL, [f"bos {numbers} >u", f"bos {numbers} >u"], ended=[True, True])
+    heard = hear(PROTOCOL, waiting, spoken)
+    expected = dialogue(PROTOCOL, [f"bos {numbers} >u a >a", f"bos {numbers} >u a >o"])
+    for name in ("token_BT", "author_BT", "turn_BT"):
+        np.testing.assert_array_equal(getattr(heard, name), getattr(expected, name))
+    assert has_floor(PROTOCOL, heard).all() and not heard.ended_B.any() and heard.cut_B.all()
+    assert not has_floor(PROTOCOL, spoken).any()  # the one waits, the other has written its outcome
 
 
 def test_summary():

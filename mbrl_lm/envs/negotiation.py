@@ -75,10 +75,11 @@ def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialog
     said_BT = jnp.isin(speaker.author_BT, jnp.array([pr.ASSISTANT, pr.USER], jnp.int8)) & (listener.author_BT == pr.END)
     token_BT = jnp.where(said_BT, jnp.asarray(protocol.mirror_V)[speaker.token_BT], listener.token_BT)
     author_BT, turn_BT = pr.parse(protocol, token_BT)
-    return listener.replace(
-        token_BT=token_BT,
-        author_BT=author_BT,
-        turn_BT=turn_BT,
+    heard = listener.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT)
+    ended_B = rollout.next_role(protocol, heard) == pr.END  # not where it only waited for the other side
+    return heard.replace(
+        ended_B=ended_B,
+        cut_B=~ended_B,
         sampled_BT=listener.sampled_BT | said_BT,
         logp_BT=jnp.where(said_BT, speaker.logp_BT, listener.logp_BT),
     )
