@@ -64,6 +64,7 @@ def main(run: app.Run):
         pjit(change, mesh, donate=(0,)) for change in (learner.settle, learner.begin_rl, learner.remember)
     )
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
+    undropped = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False, dropout=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
     imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
 
@@ -82,7 +83,8 @@ def main(run: app.Run):
             if since < 0:
                 loop.phase("likelihood")
                 real = text_at(step)
-                loop.state, metrics = by_likelihood(loop.state, real, None, key)
+                learn = by_likelihood if since < -round(cfg.train.undropped * switch) else undropped
+                loop.state, metrics = learn(loop.state, real, None, key)
                 if since == -1 and cfg.train.averaged:
                     loop.state = settle(loop.state)
             else:

@@ -102,6 +102,7 @@ class Returns:
 class Train:
     supervised_steps: int = 600  # likelihood of both speakers, before RL begins; 0 = joint from the first step
     averaged: bool = False  # these end with the average of the latest parameters, the slow ones, instead of the last
+    undropped: float = 0.0  # the last part of supervised_steps goes without dropout, at its low rates
     renamed: float = 0.0  # the first part of supervised_steps sees dialogues with what the task does not tell apart renamed
     rl_steps: int = 200
     rl_epochs: int = 1  # optimiser steps on the dialogues of one of them

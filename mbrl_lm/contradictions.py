@@ -99,6 +99,7 @@ def check(cfg: Config) -> None:
         (min(imagine.temperature, imagine.user_temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
         (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),
         (cfg.eval.dialogues and not (online or negotiation), f"{cfg.data} has nobody to judge it: set eval.dialogues=0"),
+        (not 0 <= train.undropped < 1, "train.undropped is a part of train.supervised_steps, below 1"),
         (not 0 < cfg.partner.share < 1, "partner.share is a share of the scenarios, between 0 and 1"),
         (not 0 <= cfg.returns.discount <= 1, "returns.discount is in [0, 1]"),
         (not 0 <= cfg.returns.lambda_ <= 1, "returns.lambda_ is in [0, 1]"),

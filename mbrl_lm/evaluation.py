@@ -41,7 +41,8 @@ class Evaluation:
     def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, workdir: pathlib.Path):
         self._cfg, self._corpus = cfg, corpus
         self._heldout = Heldout(net, corpus.protocol, corpus.tokenizer, mesh, corpus.val)
-        self._judge = make_judge(cfg, net, corpus, mesh, workdir)
+        asked = cfg.eval.dialogues or cfg.eval.final_dialogues  # else no partner need be fitted
+        self._judge = make_judge(cfg, net, corpus, mesh, workdir) if asked else None
 
         def retell(params, real, key):
             opening = rollout.from_an_opening(corpus.protocol, real, key)

@@ -202,6 +202,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     rl: bool,
+    dropout: bool = True,
     shards: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, tuple[Array, Array]]]]:
     """Builds `update(state, real, imagined, key) -> state, metrics`, to be compiled by `pjit`.
@@ -209,6 +210,7 @@ def make_update(
     Args:
       net, protocol, cfg, optimizer: what the run is made of.
       rl: False while both speakers are learnt by likelihood; `imagined` then is ignored and may be None.
+      dropout: as the model has it, while both speakers are learnt by likelihood; RL goes without.
       shards: over how many devices rows are spread; gradients are accumulated over `train.micro_batch` rows of each.
 
     Returns:
@@ -230,7 +232,7 @@ def make_update(
         reference, slow = state.reference if rl else None, state.target if rl and cfg.loss.trust else None
 
         def loss(params, part: Batch, part_key):
-            per_element = losses(net, protocol, cfg, params, reference, slow, part, None if rl else part_key)
+            per_element = losses(net, protocol, cfg, params, reference, slow, part, None if rl or not dropout else part_key)
             total = {name: masked_sum(per_element[name], part.masks[name]) for name in weight}
             return sum(weight[name] * total[name] / jnp.maximum(count[name], 1.0) for name in weight), total
 
@@ -268,7 +270,7 @@ def make_update(
     return update
 
 
-def compile_update(net: Net, protocol: pr.Protocol, cfg: config.Config, optimizer, mesh: jax.sharding.Mesh, *, rl: bool):
-    """The jitted update on a mesh; the old state's memory is reused."""
+def compile_update(net: Net, protocol: pr.Protocol, cfg: config.Config, optimizer, mesh: jax.sharding.Mesh, **kind: bool):
+    """The jitted update on a mesh, `kind` as in `make_update`; the old state's memory is reused."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return pjit(make_update(net, protocol, cfg, optimizer, rl=rl, shards=shards), mesh, donate=(0,))
+    return pjit(make_update(net, protocol, cfg, optimizer, shards=shards, **kind), mesh, donate=(0,))

@@ -55,8 +55,9 @@ PAPER = NEGOTIATION | {  # an hour on two cores
     "model.mlp_width": 448,
     "model.dropout": 0.4,
     "train.weight_decay": 0.1,
-    "train.renamed": 0.9,
-    "train.supervised_steps": 3800,
+    "train.renamed": 0.86,
+    "train.supervised_steps": 3950,
+    "train.undropped": 0.04,
     "train.rl_steps": 150,
     "partner.share": 0.1,
 }
