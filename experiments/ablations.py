@@ -17,19 +17,16 @@ beside --workdir, it adds the rows and seeds that have no runs in W.
 """
 
 import pathlib
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags
 
-from mbrl_lm import ablation_plan, ablation_runs, ablation_table, config, presets
+from mbrl_lm import ablation_plan, ablation_runs, ablation_table, config, presets, sweeps
 from mbrl_lm.ablation_plan import Plan, Row, command_lines, paced, start_of, table_lines
 from mbrl_lm.ablation_table import Claim
 from mbrl_lm.config import Config, ConfigError
 
-SWEEP = pathlib.Path(__file__).parent.parent / "launch" / "sweep.py"
 DATA = "concierge"
 MAIN = ("full", "1b_model_free", "11_greedy")
 QUICK = ("full", "1b_model_free", "11_greedy", "8_none", "5_oracle")
@@ -210,17 +207,6 @@ def select(plan: Plan, which: str) -> list[str]:
     return ablation_plan.select(plan, which, {"main": MAIN, "quick": QUICK, "claims": claimed})
 
 
-# ---- the runs ----
-
-
-def sweep(commands: pathlib.Path, jobs: int) -> int:
-    """Runs the command lines of a file; being stopped stops them. Returns the exit status."""
-    process = subprocess.Popen([sys.executable, str(SWEEP), f"--jobs={jobs}", str(commands)], start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: process.terminate())
-    return process.wait()
-
-
 # ---- the table ----
 
 
@@ -294,33 +280,15 @@ def _read_csv(plan: Plan, path: str) -> ablation_runs.Records:
 
 
 def make_flags() -> flags.FlagValues:
-    """Flags of this program alone: those of one run are not meant here."""
-    own = flags.FlagValues()
+    """The flags of this program."""
+    own = sweeps.make_flags()
     flags.DEFINE_string("rows", "all", "all, main, quick, claims, or names of rows and numbers of groups", flag_values=own)
     flags.DEFINE_integer("seeds", None, "seeds 0, 1, ...: how many (5; main, quick: 1)", lower_bound=1, flag_values=own)
-    flags.DEFINE_string("workdir", None, "where the runs and the table are put", flag_values=own)
-    flags.DEFINE_string("variant", "default", "the preset of every run", flag_values=own)
-    flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1, flag_values=own)
-    flags.DEFINE_bool("list", False, "write the command lines instead of running them", flag_values=own)
-    flags.DEFINE_bool("table_only", False, "write the table of the runs that are there", flag_values=own)
-    flags.DEFINE_string("from_csv", None, "an ablations.csv: the table without its runs", flag_values=own)
-    flags.DEFINE_bool("help", False, "this text", flag_values=own)
     return own
 
 
 def main(argv: Sequence[str]) -> int:
-    own = make_flags()
-    try:
-        rest = own(list(argv))[1:]
-        if rest:
-            raise ConfigError(f"{rest[0]!r} is not a flag: write --name=value")
-        if own.help:
-            sys.stdout.write(f"{__doc__}\n{own.get_help()}")
-            return 0
-        return _main(own)
-    except (flags.Error, ConfigError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return sweeps.main(argv, make_flags(), __doc__, _main)
 
 
 def _main(own: flags.FlagValues) -> int:
@@ -334,18 +302,16 @@ def _main(own: flags.FlagValues) -> int:
         return 0
     workdir, seeds = pathlib.Path(own.workdir), own.seeds or (1 if own.rows in ("main", "quick") else 5)
 
-    def text(python: str) -> str:
-        return "\n\n".join("\n".join(stage) for stage in command_lines(plan, names, seeds, workdir, python)) + "\n"
+    def stages(python: str) -> sweeps.Stages:
+        return command_lines(plan, names, seeds, workdir, python)
 
     if own.list:
-        sys.stdout.write(text("python"))
+        sys.stdout.write(sweeps.text(stages("python")))
         return 0
     status = 0
     workdir.mkdir(parents=True, exist_ok=True)
     if not own.table_only:
-        commands = workdir / "commands.txt"
-        commands.write_text(text(sys.executable), encoding="utf-8")
-        status = sweep(commands, own.jobs)
+        status = sweeps.run(stages(sys.executable), workdir, own.jobs)
     if own.rows == "main":
         sys.stdout.write(small_table(plan, workdir))
     sys.stdout.write(f"the table is {write_table(plan, workdir, before)}\n")

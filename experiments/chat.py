@@ -202,7 +202,7 @@ def main(run: app.Run):
             "--workdir of a run on chats, such as concierge"
         )
     app.say("loading the model")
-    model = trained.load(run)
+    model = trained.load(run.config, run.workdir)
     protocol, tokenizer = model.corpus.protocol, model.corpus.tokenizer
     speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params, model.imagined_user(cfg))
     path = run.workdir / "conversations" / "train.jsonl"

@@ -12,10 +12,11 @@ import functools
 import jax
 import numpy as np
 
-from mbrl_lm import app, config, learner, nn, rollout, sharding, trained
+from mbrl_lm import app, config, learner, nn, outcome, rollout, sharding, trained
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import text_batches
 from mbrl_lm.data.corpus import load_corpus
+from mbrl_lm.envs import negotiation
 from mbrl_lm.evaluation import Evaluation
 from mbrl_lm.experience import Experience
 from mbrl_lm.loop import Loop
@@ -49,6 +50,39 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     )  # fmt: skip
 
 
+def dream_of_both(
+    net: nn.Net, protocol: pr.Protocol, cfg: config.Config, outcomes: int, state: TrainState, sides, key
+) -> Dialogue:
+    """Whole negotiations with an imagined user that has values of its own.
+
+    The model speaks, and reads the outcome, from either seat; the reward is the points of a deal that both name, and a part
+    of what it gives the other side.
+
+    Args:
+      net, protocol, cfg: of the run.
+      outcomes: the most that there are.
+      state: of the run.
+      sides: the prompts as the policy and as the user see them.
+      key: of the samples.
+    """
+    user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
+    speakers = state.params, state.params if user is None else user
+    views = [rollout.View(net, params, copied_prompt(side, cfg)) for params, side in zip(speakers, sides, strict=True)]
+    temperature_R = negotiation.temperatures(cfg.imagine.temperature)
+    said = rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
+    ours, theirs = (outcome.read(net, protocol, params, side, outcomes) for params, side in zip(speakers, said, strict=True))
+    result = negotiation.result(ours, theirs)
+    ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
+    earned = negotiation.earned(ours, result.score_a + cfg.imagine.generosity * result.score_b)
+    return earned.replace(ended_B=ended_B, cut_B=~ended_B)
+
+
+def copied_prompt(prompt: Dialogue, cfg: config.Config) -> Dialogue:
+    """`imagine.candidates` of each prompt, next to each other, each with a name of its own."""
+    prompt = rollout.copied(prompt, cfg.imagine.candidates)
+    return prompt.replace(uid_B=jax.numpy.arange(prompt.uid_B.shape[0], dtype=jax.numpy.uint32))
+
+
 def main(run: app.Run):
     if run.finished():
         return
@@ -66,13 +100,18 @@ def main(run: app.Run):
     by_likelihood = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     undropped = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False, dropout=False)
     by_return = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=True)
-    imagine = pjit(functools.partial(dream, net, corpus.protocol, cfg), mesh)
 
     # The data of a step are a function of (seed, step), but for the replay, which is saved with every checkpoint.
     switch, total = cfg.train.supervised_steps, cfg.train.supervised_steps + cfg.train.rl_steps
     text_at = text_batches(cfg, cfg.seed, corpus.train, corpus.renamed)
     plain = dataclasses.replace(cfg, plan="none")  # the policy itself talks and is judged; planners: experiments.evaluate
     experience = Experience(plain, net, corpus, mesh)
+    if cfg.imagine.sides == 2:
+        outcomes = outcome.number_of([own[::2] for own, _ in experience.scenarios])
+        imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg, outcomes), experience.openings
+    else:
+        imagine, prompts_at = functools.partial(dream, net, corpus.protocol, cfg), experience.prompts
+    imagine = pjit(imagine, mesh)
 
     app.say("getting ready to judge")
     evaluation = Evaluation(plain, net, corpus, mesh, run.workdir)
@@ -100,7 +139,7 @@ def main(run: app.Run):
                 if cfg.imagine.user == "oracle":
                     imagined = experience.with_oracle(loop.state, imagine_key, step)
                 elif cfg.imagine.batch:
-                    imagined = imagine(loop.state, experience.prompts(step), imagine_key)
+                    imagined = imagine(loop.state, prompts_at(step), imagine_key)
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:

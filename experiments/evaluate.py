@@ -66,7 +66,7 @@ def planned(run: app.Run, model: trained.Trained, plain: Dialogue) -> dict[str, 
 
 
 def main(run: app.Run):
-    model = trained.load(run)
+    model = trained.load(run.config, run.workdir)
     params, seed = model.state.params, jax.random.key(run.config.seed)
     app.say(f"judging update {model.step} of {run.workdir}")
     plain = dataclasses.replace(run.config, plan="none")

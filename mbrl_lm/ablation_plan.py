@@ -7,11 +7,10 @@ import copy
 import dataclasses
 import math
 import pathlib
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mbrl_lm import config, contradictions
+from mbrl_lm import config, contradictions, sweeps
 from mbrl_lm.ablation_table import Line
 from mbrl_lm.command_line import flatten
 from mbrl_lm.config import Config, ConfigError
@@ -140,10 +139,7 @@ def command_lines(
 
 def _command(plan: Plan, directory: pathlib.Path, seed: int, overrides, more: Mapping[str, str], python: str) -> str:
     fields = {"seed": seed, "cpu_devices": 1, **differing(plan.full, overrides), **more}
-    given = [f"--config.{name}={str(value).replace(', ', ',')}" for name, value in fields.items()]
-    return shlex.join(
-        [python, "-m", "experiments.dream", f"--workdir={directory / f'seed_{seed}'}", f"--variant={plan.variant}", *given]
-    )
+    return sweeps.command(python, "experiments.dream", directory / f"seed_{seed}", plan.variant, fields)
 
 
 def table_lines(plan: Plan) -> list[Line]:

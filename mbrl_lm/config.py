@@ -90,6 +90,7 @@ class Policy:
 @dataclasses.dataclass
 class Returns:
     discount: float = 0.97  # per assistant turn
+    token_discount: float = 1.0  # of an advantage, for each token that follows in its dialogue (Lewis et al. 2017)
     lambda_: float = 0.95
     vtrace: bool = False  # of real dialogues, what followed a turn counts as far as the policy would have followed, too
     scale_floor: float = 1.0  # advantages are divided by max(floor, range of the returns)
@@ -130,6 +131,8 @@ class Imagine:
     temperature: float = 1.0
     user_temperature: float = 1.0  # below 1, imagined users say what is likely, and contradict themselves less
     reward: str = ""  # a name in reward.REWARDS
+    sides: int = 1  # 2: in negotiations the imagined user has values of its own, speaks from that seat, and must agree
+    generosity: float = 0.0  # sides=2: each point of the other side's counts so much of an own one
 
 
 @dataclasses.dataclass
@@ -155,6 +158,7 @@ class Planner:
     elites: int = 4  # plan=mpc: the best candidates, which the next round's begin like
     simulations: int = 16  # plan=gumbel
     budget: int = 0  # the most tokens that a decision may take, which futures or simulations are cut down to; 0 = no limit
+    reward: str = ""  # a name in reward.REWARDS; that of imagine.reward, if none is given
     user: str = "reference"  # whose words the imagined user has: those of when RL began, or live, the present ones
 
 
@@ -183,6 +187,7 @@ class Eval:
     final_dialogues: int = 512
     user_dialogues: int = 256  # on which the learned user is compared with the exact one
     temperature: float = 0.5
+    split: str = "val"  # whose dialogues, and scenarios of negotiations, a run is judged by; or test
     samples: int = 4  # dialogues written out to be read
 
 
@@ -230,6 +235,7 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
 
 
+REWARDS = ("", "learned", "split", "sure_split")
 PLANS = ("none", "rollouts", "mpc", "gumbel")
 GROUPED = ("leave_one_out", "normalised")  # baselines over the candidates of one prompt
 

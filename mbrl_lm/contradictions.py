@@ -1,6 +1,6 @@
 """Configs whose parts contradict each other, and what to change in them."""
 
-from mbrl_lm.config import GROUPED, PLANS, Config, ConfigError
+from mbrl_lm.config import GROUPED, PLANS, REWARDS, Config, ConfigError
 
 
 def check(cfg: Config) -> None:
@@ -44,7 +44,21 @@ def check(cfg: Config) -> None:
         ),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
-        (imagine.reward == "split" and not negotiation, "imagine.reward=split reads the outcome of deal_or_no_deal"),
+        (
+            not {imagine.reward, planner.reward} <= set(REWARDS),
+            f"imagine.reward and planner.reward are {', '.join(REWARDS[1:])}, or empty",
+        ),
+        (
+            "split" in imagine.reward + planner.reward and not negotiation,
+            "a reward of split or sure_split reads the outcome of deal_or_no_deal: set imagine.reward and planner.reward",
+        ),
+        (imagine.sides not in (1, 2), "imagine.sides is 1 or 2"),
+        (imagine.sides == 2 and not negotiation, "imagine.sides=2 gives both sides of deal_or_no_deal values: set it to 1"),
+        (
+            imagine.sides == 2 and cfg.loss.distil,
+            "loss.distil imitates what a planner chose from one side's view: set imagine.sides=1",
+        ),
+        (imagine.generosity and imagine.sides != 2, "imagine.generosity needs both sides' points: set imagine.sides=2"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
         (not 0 <= imagine.openings <= 1, "imagine.openings is a part of the prompts, between 0 and 1"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),
@@ -102,6 +116,7 @@ def check(cfg: Config) -> None:
         (not 0 <= train.undropped < 1, "train.undropped is a part of train.supervised_steps, below 1"),
         (not 0 < cfg.partner.share < 1, "partner.share is a share of the scenarios, between 0 and 1"),
         (not 0 <= cfg.returns.discount <= 1, "returns.discount is in [0, 1]"),
+        (not 0 < cfg.returns.token_discount <= 1, "returns.token_discount is in (0, 1]"),
         (not 0 <= cfg.returns.lambda_ <= 1, "returns.lambda_ is in [0, 1]"),
         (cfg.tokenizer.model_file and cfg.tokenizer.min_count > 1, "tokenizer.min_count has no effect with a model_file"),
     ):

@@ -10,6 +10,7 @@ from mbrl_lm import config, guards, nn
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import batches, join
 from mbrl_lm.data.corpus import Corpus
+from mbrl_lm.envs import negotiation
 from mbrl_lm.envs.concierge import ORACLE_UIDS, TRAIN_UIDS
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.judge import Imagination
@@ -27,6 +28,7 @@ class Experience:
       mesh: the device mesh.
 
     Attributes:
+      scenarios: what may be negotiated over in imagination, with imagine.sides=2.
       replay: the dialogues with the true user; saved with every checkpoint.
     """
 
@@ -36,6 +38,8 @@ class Experience:
         recorded = corpus.renamed if cfg.train.renamed == 1 else corpus.train
         self._batch_at = self._mixture(recorded, cfg.train.rl_batch or cfg.train.batch, 0)
         prompts = cfg.imagine.batch // cfg.imagine.candidates
+        both = cfg.imagine.sides == 2
+        self._protocol, self.scenarios = corpus.protocol, negotiation.scenarios(corpus.train_records) if both else []
         self._prompts_at = self._mixture(recorded, prompts, 1) if prompts else None
 
         def true_user(rows):
@@ -80,6 +84,12 @@ class Experience:
     def prompts(self, step: int) -> Dialogue:
         """The real dialogues of a step whose assistant points are imagined from: others than those of `batch`."""
         return self._prompts_at(step)
+
+    def openings(self, step: int) -> tuple[Dialogue, Dialogue]:
+        """The prompts of a step's imagined negotiations, as the policy and as the other side see them."""
+        rng = np.random.default_rng((self._cfg.seed, step, len(self.scenarios)))
+        index = rng.integers(4 * len(self.scenarios), size=self._cfg.imagine.batch // self._cfg.imagine.candidates)
+        return negotiation.openings(self._cfg, self._protocol, self.scenarios, index)
 
     def with_oracle(self, state: TrainState, key: Array, step: int) -> Dialogue:
         """`imagine.batch` dialogues with the true user in the imagined one's place: an upper bound, and not counted."""

@@ -92,7 +92,7 @@ class Heldout:
         for chunk, mask in chunks(self._dialogues, self._rows):
             dealt = mask & np.any((chunk.author_BT == pr.OUTCOME) & (chunk.token_BT >= pr.NUMBER), axis=1)
             if dealt.any():
-                read = np.asarray(self._read(params, chunk).dialogue.token_BT)
+                read = np.asarray(self._read(params, chunk).token_BT)
                 right, deals = right + np.sum(dealt & (read == chunk.token_BT).all(axis=1)), deals + dealt.sum()
         return _named({"split_accuracy/whole": right / deals}) if deals else {}
 

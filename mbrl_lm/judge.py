@@ -22,12 +22,12 @@ from mbrl_lm import config, learner, nn, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
 from mbrl_lm.data.batches import chunks, join, text_batches
-from mbrl_lm.data.builders.deal_or_no_deal import scenario_key
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
+from mbrl_lm.envs import negotiation
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interval
-from mbrl_lm.envs.negotiation import GREEDY, Table, plan_cost, summary
+from mbrl_lm.envs.negotiation import Table, plan_cost, summary
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.reward import REWARDS
@@ -185,9 +185,8 @@ class PartnerJudge:
     def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
         self._cfg = cfg
         self._partner_net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
-        self._partner = fit_partner(cfg, self._partner_net, corpus, mesh, workdir / "partner")
-        known = {scenario_key(r.numbers, r.partner_numbers): (r.numbers, r.partner_numbers) for r in corpus.val_records}
-        scenarios = [known[key] for key in sorted(known)]
+        self._partner = fit_partner(cfg, self._partner_net, corpus, mesh, partner_directory(cfg, workdir))
+        scenarios = negotiation.scenarios(corpus.val_records)
         self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS, imagined_user)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
 
@@ -195,13 +194,16 @@ class PartnerJudge:
         """Both sides' points, agreement and Pareto efficiency over held-out scenarios; the gap, in points."""
         temperature = self._cfg.eval.temperature
         results, real = self._table.play(params, self._partner, key, dialogues, temperature)
-        temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
-        temperature_R[pr.OUTCOME] = GREEDY
         openings, _ = self._table.openings(np.arange(dialogues))
-        imagined, _ = self._imagination.imagined(params, openings, temperature_R, key)
+        imagined, _ = self._imagination.imagined(params, openings, negotiation.temperatures(temperature), key)
         figures = {f"partner/{name}": x for name, x in summary(results).items()} | plan_cost(results)
         figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
         return Verdict(figures, real)
+
+
+def partner_directory(cfg: config.Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Where a run's partner is kept: with the run whose likelihood phase it begins with, for all of them."""
+    return (pathlib.Path(cfg.start) if cfg.start else workdir) / "partner"
 
 
 def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory: pathlib.Path) -> Params:

@@ -57,5 +57,19 @@ def narrowed(function: Callable[[Any], Any], widths: Sequence[int], dialogue: Di
     return jax.lax.switch(jnp.searchsorted(jnp.array(widths), longest), branches, tree)
 
 
+def mapped(function: Callable[[Any], Any], widths: Sequence[int], rows: Any, parts: int) -> Any:
+    """function(rows), part by part, so that only one part's activations are held; the result is in the order of the rows.
+
+    Args:
+      function, widths: as in `narrowed`.
+      rows: a tuple of trees of arrays (B, ...), the first of which is the dialogue.
+      parts: a divisor of B.
+    """
+    order_B = by_length(rows[0], widths, parts)
+    ordered = jax.tree.map(lambda x: x[order_B], rows)
+    found = jax.lax.map(lambda x: narrowed(function, widths, x[0], x), split_rows(ordered, parts))
+    return jax.tree.map(lambda x: x[jnp.argsort(order_B)], merge_rows(found))
+
+
 def _up_to(T: int, widths: Sequence[int]) -> list[int]:
     return [*(width for width in sorted(widths) if width < T), T]

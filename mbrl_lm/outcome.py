@@ -3,8 +3,6 @@
 Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +12,6 @@ from mbrl_lm.nn import Net
 from mbrl_lm.rollout import copied
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
-
-
-class Read(NamedTuple):
-    """Outcomes as they were read."""
-
-    dialogue: Dialogue  # with the likeliest outcome in the place of the one that was written
-    probability_B: Array  # f32, of that one among all possible outcomes; 0 where nobody called for it
 
 
 def number_of(count_BI: np.ndarray) -> int:
@@ -40,8 +31,8 @@ def possible(count_BI: Array, outcomes: int) -> tuple[Array, Array]:
     return token_BS4, used_BS
 
 
-def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int) -> Read:
-    """Compares all outcomes where one was called for; other dialogues stay as they are.
+def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int) -> Dialogue:
+    """The dialogues with the likeliest outcome in the place of the one that was written, where one was called for.
 
     Args:
       net, params: whoever reads.
@@ -78,7 +69,6 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     logp_BS = jax.lax.map(weigh, (dialogue.token_BT, jnp.where(called_B, start_B, 1), token_BS4))
     logp_BS = jnp.where(used_BS, logp_BS, -jnp.inf)
     best_B = jnp.argmax(logp_BS, axis=1)
-    probability_B = jnp.max(jax.nn.softmax(logp_BS), axis=1)
     chosen_B4 = jnp.take_along_axis(token_BS4, best_B[:, None, None], axis=1)[:, 0]
     place_BT = jnp.arange(T)[None] - start_B[:, None]
     at_BT = (place_BT >= 0) & called_B[:, None]
@@ -86,5 +76,4 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     token_BT = jnp.where(at_BT, jnp.where(place_BT < pr.OUTCOME_TOKENS, written_BT, pr.PAD), dialogue.token_BT)
     author_BT, turn_BT = pr.parse(protocol, token_BT)
     ended_B = dialogue.ended_B | called_B
-    read_ = dialogue.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, ended_B=ended_B, cut_B=~ended_B)
-    return Read(read_, jnp.where(called_B, probability_B, 0.0))
+    return dialogue.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, ended_B=ended_B, cut_B=~ended_B)

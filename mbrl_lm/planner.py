@@ -9,6 +9,8 @@ With one candidate, every one of them is the plain policy: the first candidate i
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +21,14 @@ import mctx
 
 from mbrl_lm import config, rollout, value
 from mbrl_lm import protocol as pr
+from mbrl_lm.micro_batches import mapped
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.rollout import copy_uids, last_of, prompt_lengths
 from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
+ROWS_AT_ONCE = 64  # that are read in one forward pass
 REPEATED = -1e9  # the logit of a candidate whose text stands before it
 
 
@@ -115,14 +119,18 @@ class Lookahead:
         """What dialogues are worth from the assistant turn on that was written from position `from_B` on.
 
         A future that was cut before the user had replied is worth what the state was in which the turn opened: nothing was
-        learnt of it.
+        learnt of it. Futures are read a part at a time, however many there are.
         """
-        cfg = self.cfg
+        parts = from_B.shape[0] // math.gcd(from_B.shape[0], ROWS_AT_ONCE)
+        return mapped(functools.partial(self._look, params), self.cfg.widths, (dialogue, from_B), parts)
+
+    def _look(self, params: Params, rows: tuple[Dialogue, Array]) -> Outlook:
+        (dialogue, from_B), cfg = rows, self.cfg
         turns = find_turns(self.protocol, dialogue, unanswered=self.plan.depth == 0 and cfg.plan != "gumbel")
         heads = self.net.forward(params, dialogue.token_BT)
         value_BT = self._values(heads)
         unanswered_BU = turns.reply_BU == turns.close_BU
-        reward_BU = REWARDS[cfg.imagine.reward](dialogue, turns, heads, self._centres_W)
+        reward_BU = REWARDS[self.plan.reward or cfg.imagine.reward](dialogue, turns, heads, self._centres_W)
         reward_BU = jnp.where(unanswered_BU & ~turns.last_BU, 0.0, reward_BU)
         acted_BU = turns.mask_BU & (turns.open_BU >= from_B[:, None] - 1)
         discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)

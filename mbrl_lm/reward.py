@@ -3,6 +3,7 @@
 To add a reward, write a jittable function here and name it in REWARDS. Predictability of the user must never enter one.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +33,15 @@ def split(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarray)
     return jnp.where(turns.last_BU, points_B[:, None], 0.0)
 
 
+def sure_split(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarray) -> Array:
+    """`split` times how likely the model finds the outcome: what is not yet clear is not yet earned (Lewis et al. 2017)."""
+    outcome_BT = dialogue.author_BT == pr.OUTCOME
+    logp_BTV = jax.nn.log_softmax(heads.logits_BTV)
+    at_BT = jnp.take_along_axis(logp_BTV[:, :-1], dialogue.token_BT[:, 1:, None], axis=-1)[..., 0]
+    logp_B = jnp.sum(jnp.where(outcome_BT[:, 1:], at_BT, 0.0), axis=1)
+    return split(dialogue, turns, heads, centres_W) * jnp.exp(logp_B)[:, None]
+
+
 def outcome_share(dialogue: Dialogue) -> tuple[Array, Array]:
     """The shares (B, 3) written in the outcome, and bool (B,) whether it is three numbers and an end."""
     T = dialogue.token_BT.shape[1]
@@ -45,4 +55,4 @@ def outcome_share(dialogue: Dialogue) -> tuple[Array, Array]:
     return share_BI, whole_B
 
 
-REWARDS = {"learned": learned, "split": split}
+REWARDS = {"learned": learned, "split": split, "sure_split": sure_split}

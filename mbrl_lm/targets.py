@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mbrl_lm import config, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.advantage import advantages
-from mbrl_lm.micro_batches import by_length, merge_rows, narrowed, split_rows
+from mbrl_lm.micro_batches import mapped, merge_rows, split_rows
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
@@ -100,7 +100,7 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
       rl: False while both speakers are learnt by likelihood.
     """
     centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
-    true_reward = cfg.imagine.user == "oracle"
+    true_reward = cfg.imagine.user == "oracle" or cfg.imagine.sides == 2
 
     def see(params: Params, dialogue: Dialogue, turns: Turns, key: Array) -> Seen:
         pair_2 = jax.random.choice(key, cfg.model.value_heads, (min(cfg.model.value_heads, 2),), replace=False)
@@ -123,11 +123,7 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
                 gather(heads.real_BT, turns.reply_BU),
             )
 
-        parts = parts_of(dialogue.token_BT.shape[0])
-        order_B = by_length(dialogue, cfg.widths, parts)
-        ordered = jax.tree.map(lambda x: x[order_B], (dialogue, turns))
-        seen = jax.lax.map(lambda x: narrowed(one, cfg.widths, x[0], x), split_rows(ordered, parts))
-        return jax.tree.map(lambda x: x[jnp.argsort(order_B)], merge_rows(seen))
+        return mapped(one, cfg.widths, (dialogue, turns), parts_of(dialogue.token_BT.shape[0]))
 
     def followed(state: TrainState, real: Dialogue) -> Array:
         """min(1, pi / b) of each turn of real dialogues, b as in `policy.behaviour`."""
@@ -211,6 +207,8 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             written = jnp.sum(rows.sampled_BT & imagined_B1, dtype=jnp.int32)
             state = state.replace(imagined_tokens=state.imagined_tokens + written)
         advantage_BT = spread(protocol, rows, advantage_BU)
+        if cfg.returns.token_discount < 1:
+            advantage_BT *= cfg.returns.token_discount ** tokens_after(rows)
         planned_BU = None
         if rl and cfg.loss.distil:  # the first turn of an imagined dialogue
             planned_BU = turns.mask_BU & imagined_B1 & (jnp.cumsum(turns.mask_BU, axis=1) == 1)
@@ -224,6 +222,12 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
         return jax.lax.stop_gradient(batch), state, metrics
 
     return targets
+
+
+def tokens_after(dialogue: Dialogue) -> Array:
+    """f32 (B, T): how many tokens of the dialogue follow each one."""
+    said_BT = (dialogue.author_BT != pr.END).astype(jnp.float32)
+    return jnp.maximum(jnp.sum(said_BT, axis=1, keepdims=True) - jnp.cumsum(said_BT, axis=1), 0.0)
 
 
 def watch_returns(cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array) -> TrainState:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from mbrl_lm import app, command_line, learner, nn, sharding
+from mbrl_lm import command_line, learner, nn, sharding
 from mbrl_lm.checkpoint import Checkpoints, saved_steps
 from mbrl_lm.config import Config, ConfigError
 from mbrl_lm.data.corpus import Corpus, load_corpus
@@ -15,7 +15,7 @@ from mbrl_lm.types import Params, TrainState
 # What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
 LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "world_model.", "eval.", "mesh.", "control",
          "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.micro_batch",
-         "checkpoint", "cpu_devices", "log_every", "model.remat", "plan")  # fmt: skip
+         "partner.steps", "partner.model.", "checkpoint", "cpu_devices", "log_every", "model.remat", "plan")  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -33,19 +33,24 @@ class Trained(NamedTuple):
         return self.state.reference if cfg.plan != "none" and cfg.planner.user == "reference" and began else None
 
 
-def load(run: app.Run) -> Trained:
-    """The newest checkpoint of the run in `run.workdir`, which may still be going on.
+def load(cfg: Config, workdir: pathlib.Path) -> Trained:
+    """The newest checkpoint of the run in `workdir`, which may still be going on.
+
+    Args:
+      cfg: its config; what acts on the state of a run is as it was trained.
+      workdir: its directory.
 
     Raises:
       ConfigError: nothing was saved yet.
       CheckpointError: it cannot be read.
     """
-    if not saved_steps(run.checkpoints):
-        raise ConfigError(f"{run.workdir} holds no checkpoint yet: train there with experiments.dream")
-    cfg, mesh = run.config, sharding.make_mesh(run.config.mesh)
-    corpus = load_corpus(cfg, run.workdir)
+    checkpoints = workdir / "checkpoints"
+    if not saved_steps(checkpoints):
+        raise ConfigError(f"{workdir} holds no checkpoint yet: train there with experiments.dream")
+    mesh = sharding.make_mesh(cfg.mesh)
+    corpus = load_corpus(cfg, workdir)
     net = nn.make_net(cfg.model, corpus.protocol.vocab_size)
-    step, state, _ = _restore(cfg, net, mesh, run.checkpoints)
+    step, state, _ = _restore(cfg, net, mesh, checkpoints)
     return Trained(net, corpus, state, step, mesh)
 
 

@@ -44,6 +44,8 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "ablation_runs": 5,
     "ablation_plan": 5,
     "ablation_table": 5,
+    "negotiation_table": 5,
+    "sweeps": 5,
     "user_report": 5,
     "conversation": 5,
     "discriminator": 5,

@@ -37,3 +37,17 @@ def test_no_more_tokens_are_computed_on_than_there_are(text, width):
     total, used, others = jax.jit(lambda d, tree: micro_batches.narrowed(function, (5, 3, 40), d, tree))(d, tree)
     assert (int(total), int(used), int(others)) == (len(text.split()) + 2, width, 15)
     assert set(seen) == {(2, 3), (2, 5), (2, 16)}
+
+
+def test_rows_keep_their_order_whatever_part_they_were_in():
+    texts = ["bos >a stop", LONG, "bos a >a b stop", LONG]
+    d = dialogue(CHAT, texts, T=16, U=3)
+    name_B = jnp.array([7, 5, 3, 1])
+
+    def function(rows):
+        d, name_B = rows
+        assert d.token_BT.shape[0] == 2, "a part"
+        return {"length": jnp.sum(d.author_BT != pr.END, axis=1), "name": name_B}
+
+    found = jax.jit(lambda *rows: micro_batches.mapped(function, (5,), rows, 2))(d, name_B)
+    assert found["name"].tolist() == [7, 5, 3, 1] and found["length"].tolist() == [len(text.split()) for text in texts]

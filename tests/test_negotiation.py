@@ -8,7 +8,7 @@ from tiny import config_of, dialogue, tokens, world
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.envs.negotiation import Table, has_floor, hear, plan_cost, prompts, settle, summary
+from mbrl_lm.envs.negotiation import Table, earned, has_floor, hear, plan_cost, prompts, settle, summary
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
 SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
@@ -56,6 +56,17 @@ def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as
     told = settle(*pairs(*shares))
     assert told["score_a"].tolist() == [7, 2, 10, 4, 0] and told["score_b"].tolist() == [6, 8, 0, 10, 10]
     assert told["pareto"].tolist() == [True, False, True, True, False]
+
+
+def test_points_go_to_the_last_turn_of_the_assistant():
+    numbers = " ".join(map(str, SCENARIOS[0][0]))
+    rows = [
+        f"bos {numbers} >a a >u b >a a >o 1 0 1 stop",
+        f"bos {numbers} >u b >a a >u b >o none stop",
+        f"bos {numbers} >u b >o none stop",
+    ]
+    told = earned(dialogue(PROTOCOL, rows), np.array([6.0, 3.0, 2.0]))
+    np.testing.assert_array_equal(np.asarray(told.reward_BU)[:, :3], [[0, 6, 0], [3, 0, 0], [2, 0, 0]])
 
 
 # ---- the openings ----

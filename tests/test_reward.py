@@ -66,4 +66,21 @@ def test_learned_reads_the_reward_head_where_the_user_has_replied():
 
 
 def test_registry():
-    assert reward.REWARDS == {"learned": reward.learned, "split": reward.split}
+    assert reward.REWARDS == {"learned": reward.learned, "split": reward.split, "sure_split": reward.sure_split}
+
+
+def test_a_split_that_is_not_sure_is_worth_its_probability():
+    """After each token of the outcome the model gives the written one a half, but for the end, which it gives a quarter."""
+    d = dialogue(DEAL, [f"{CONTEXT} {TALK} >o 1 3 2 stop", f"{CONTEXT} {TALK} d"], U=3)
+    probability_BT = np.full(d.token_BT.shape, 0.5)
+    probability_BT[d.token_BT == pr.STOP] = 0.25
+    V = DEAL.vocab_size
+    logits_BTV = np.full((*d.token_BT.shape, V), -np.inf, np.float32)
+    for b, t in np.ndindex(2, d.token_BT.shape[1] - 1):
+        token, p = d.token_BT[b, t + 1], probability_BT[b, t + 1]
+        logits_BTV[b, t, [token, V - 1 if token != V - 1 else V - 2]] = np.log([p, 1 - p])
+    logits_BTV[:, -1, 0] = 0
+    others = dict.fromkeys(("value_BTEW", "reward_BTW", "end_BT", "user_BTEV", "real_BT"))
+    heads = Heads(logits_BTV=jnp.asarray(logits_BTV), **others)
+    reward_BU = reward.sure_split(d, find_turns(DEAL, d), heads, CENTRES)
+    np.testing.assert_allclose(reward_BU, [[0, 7 * 0.5**3 * 0.25, 0], [0, 0, 0]], rtol=1e-5)

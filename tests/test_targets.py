@@ -345,3 +345,14 @@ def test_imagined_tokens_are_counted(rl):
     own = own.replace(sampled_BT=own.sampled_BT & (own.turn_BT > 1))
     _, state, _ = built(told_net(), own, rl=rl)
     assert int(state.imagined_tokens) == (10 if rl else 0)
+
+
+def test_an_advantage_fades_by_every_token_that_follows():
+    """Lewis et al. (2017): of a dialogue of fifteen tokens the last own one, with three after it, keeps G'^3."""
+    plain, _, _ = built(told_net(), policy__baseline="mean")
+    faded, _, _ = built(told_net(), policy__baseline="mean", returns__token_discount=0.5)
+    ratio_BT = np.asarray(faded.advantage_BT) / np.where(plain.advantage_BT == 0, 1, plain.advantage_BT)
+    own = np.flatnonzero(np.asarray(plain.advantage_BT)[0])
+    length = len(THREE.split())
+    np.testing.assert_allclose(ratio_BT[0, own], 0.5 ** (length - 1 - own), rtol=1e-6)
+    assert length - 1 - own[-1] == 2  # b, stop

@@ -23,10 +23,10 @@ class Corpus:
 
     Attributes:
       tokenizer, protocol: of all its dialogues.
-      train, val: numpy dialogues, (B, tokens).
+      train, val: numpy dialogues, (B, tokens); `val` is of the split that `eval.split` names.
       others: dialogues of scenarios that are neither in `train` nor in `val`: the partner of a negotiation learns from them.
       renamed, others_renamed: `train` and `others` under every renaming; None if the data set has none or none is asked for.
-      val_records: the records of `val`.
+      train_records, val_records: the records of both.
     """
 
     tokenizer: Tokenizer
@@ -36,6 +36,7 @@ class Corpus:
     others: Dialogue | None
     renamed: Dialogue | None
     others_renamed: Dialogue | None
+    train_records: list[Record]
     val_records: list[Record]
 
 
@@ -48,7 +49,9 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
     """
     data_dir = cfg.data_dir or write_logs(cfg, workdir / "logs")
     splits = load(cfg.data, data_dir, workdir / "data")
-    train, val, others = splits["train"], splits["val"], []
+    if cfg.eval.split not in splits:
+        raise DataError(f"{data_dir} has no {cfg.eval.split} split, only {', '.join(splits)}: change --config.eval.split")
+    train, val, others = splits["train"], splits[cfg.eval.split], []
     model = workdir / "tokenizer.model"
     if cfg.tokenizer.model_file:
         model = pathlib.Path(cfg.tokenizer.model_file)
@@ -62,7 +65,8 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
     if kind == "negotiation":
         known = {record.scenario for record in train} & {record.scenario for record in val}
         if known:
-            raise DataError(f"{data_dir}: the scenario {min(known)!r} is in train.txt and in val.txt: move it to one side")
+            places = f"train.txt and in {cfg.eval.split}.txt"
+            raise DataError(f"{data_dir}: the scenario {min(known)!r} is in {places}: move it to one side")
         train, others = hold_out(train, cfg.partner.share)
 
     def tokens(records):
@@ -80,6 +84,7 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         others=tokens(others) if others else None,
         renamed=renamed(train, val, others),
         others_renamed=renamed(others, val, train),
+        train_records=train,
         val_records=val,
     )
 

@@ -1,4 +1,4 @@
-"""Deal or No Deal between two models: each sees its own values, both must name the same split.
+"""Deal or No Deal between two sides: each sees its own values, both must name the same split.
 
 The protocol is that of Lewis et al. (2017): random first speaker, low temperature, the dialogue ends when either side calls
 for the outcome; each side then writes its own share, and a deal needs both shares to add up to what is on the table.
@@ -6,6 +6,7 @@ for the outcome; each side then writes its own share, and a deal needs both shar
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,23 @@ import numpy as np
 from mbrl_lm import config, outcome, reward, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import join, lengths
+from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
+from mbrl_lm.data.records import Record
+from mbrl_lm.envs.haggler import Haggler
 from mbrl_lm.nn import Net
 from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Array, Dialogue, Params
 
-ITEMS = 3
+Scenario = tuple[Sequence[int], Sequence[int]]  # the contexts of the two sides, `count value` of three kinds of item
 GREEDY = 1e-3  # temperature of the outcome, which is read off the dialogue and not negotiated
+
+
+def scenarios(records: Sequence[Record]) -> list[Scenario]:
+    """What was negotiated over: each pair of contexts once, whichever sides of it were recorded."""
+    known = {record.scenario: (record.numbers, record.partner_numbers) for record in records}
+    return [known[name] for name in sorted(known)]
 
 
 def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tokens: int, turns: int) -> Dialogue:
@@ -43,6 +53,26 @@ def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tok
     return dialogue
 
 
+class Result(NamedTuple):
+    """What finished negotiations are worth to either side."""
+
+    score_a: Array  # i32 (B,), points, 0 without a deal
+    score_b: Array
+    agreed: Array  # bool (B,)
+
+
+def result(ours: Dialogue, theirs: Dialogue) -> Result:
+    """Reads the outcomes of negotiations, each seen from both sides."""
+    (share_a, wrote_a), (share_b, wrote_b) = (reward.outcome_share(side) for side in (ours, theirs))
+    numbers_a, numbers_b = (side.token_BT[:, 1 : 1 + 2 * ITEMS] - pr.NUMBER for side in (ours, theirs))
+    agreed = wrote_a & wrote_b & jnp.all(share_a + share_b == numbers_a[:, ::2], axis=1)
+    score_a, score_b = (
+        jnp.where(agreed, jnp.sum(share * numbers[:, 1::2], axis=1), 0)
+        for share, numbers in ((share_a, numbers_a), (share_b, numbers_b))
+    )
+    return Result(score_a, score_b, agreed)
+
+
 def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
     """Reads the result of finished negotiations, each seen from both sides.
 
@@ -50,13 +80,9 @@ def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
       score_a, score_b: points of either side, 0 without a deal; agreed; pareto: agreed, and no other split is at least as
       good for both and better for one.
     """
-    share_a, wrote_a = map(np.asarray, reward.outcome_share(ours))
-    share_b, wrote_b = map(np.asarray, reward.outcome_share(theirs))
+    score_a, score_b, agreed = jax.device_get(result(ours, theirs))
     numbers_a, numbers_b = (np.asarray(d.token_BT)[:, 1 : 1 + 2 * ITEMS] - pr.NUMBER for d in (ours, theirs))
     count, value_a, value_b = numbers_a[:, ::2], numbers_a[:, 1::2], numbers_b[:, 1::2]
-    agreed = wrote_a & wrote_b & (share_a + share_b == count).all(axis=1)
-    score_a = np.where(agreed, (share_a * value_a).sum(axis=1), 0)
-    score_b = np.where(agreed, (share_b * value_b).sum(axis=1), 0)
     pareto = np.zeros(len(agreed), bool)
     for i in np.flatnonzero(agreed):
         splits = np.stack(np.meshgrid(*(np.arange(n + 1) for n in count[i]), indexing="ij"), -1).reshape(-1, ITEMS)
@@ -85,11 +111,41 @@ def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialog
     )
 
 
-def _earned(dialogue: Dialogue, score_B: np.ndarray) -> Dialogue:
+def earned(dialogue: Dialogue, score_B: Array) -> Dialogue:
     """The points go to the last turn of the assistant, as in recorded dialogues."""
-    opened_B = np.sum((dialogue.token_BT == pr.TO_ASSISTANT) & (dialogue.author_BT != pr.ASSISTANT), axis=1)
-    last_BU = np.arange(dialogue.reward_BU.shape[1])[None] == np.maximum(opened_B - 1, 0)[:, None]
-    return dialogue.replace(reward_BU=np.where(last_BU, score_B[:, None], 0).astype(np.float32))
+    opened_B = jnp.sum((dialogue.token_BT == pr.TO_ASSISTANT) & (dialogue.author_BT != pr.ASSISTANT), axis=1)
+    last_BU = jnp.arange(dialogue.reward_BU.shape[1])[None] == jnp.maximum(opened_B - 1, 0)[:, None]
+    return dialogue.replace(reward_BU=jnp.where(last_BU, score_B[:, None], 0).astype(jnp.float32))
+
+
+def temperatures(temperature: float) -> np.ndarray:
+    """Of the words, per role; the outcome is read off the dialogue, and not negotiated."""
+    temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
+    temperature_R[pr.OUTCOME] = GREEDY
+    return temperature_R
+
+
+def openings(cfg: config.Config, protocol: pr.Protocol, scenarios: Sequence[Scenario], index: np.ndarray):
+    """The prompts of negotiations as either side sees them, numpy.
+
+    Args:
+      cfg, protocol: of the run.
+      scenarios: pairs of contexts.
+      index: of each negotiation; every scenario gives four, from either seat and with either first speaker.
+    """
+    n = len(scenarios)
+    seat, first = (index // n) % 2, (index // (2 * n) + index) % 2
+    pairs = [scenarios[i % n][::-1] if s else scenarios[i % n] for i, s in zip(index, seat, strict=True)]
+    speakers = np.where(first, pr.ASSISTANT, pr.USER)
+    sides = []
+    for side, speaker in ((0, speakers), (1, pr.ASSISTANT + pr.USER - speakers)):
+        dialogue = prompts([pair[side] for pair in pairs], speaker.tolist(), cfg.tokens, cfg.turns)
+        author_BT, turn_BT = map(np.asarray, _parse(protocol, dialogue.token_BT))
+        sides.append(dialogue.replace(author_BT=author_BT, turn_BT=turn_BT, uid_B=index.astype(np.uint32)))
+    return sides[0], sides[1]
+
+
+_parse = jax.jit(pr.parse, static_argnums=0)
 
 
 class Table:
@@ -98,7 +154,7 @@ class Table:
     Args:
       cfg, protocol: of the run.
       net: of the policy.
-      partner_net: of the other side.
+      partner: the other side, a network or a scripted partner.
       mesh: the device mesh.
       scenarios: pairs of contexts, one for each side.
       rows: dialogues at a time.
@@ -106,42 +162,53 @@ class Table:
     """
 
     def __init__(
-        self, cfg, protocol, net: Net, partner_net: Net, mesh, scenarios, rows: int = 64, imagined_user: Params | None = None
+        self,
+        cfg: config.Config,
+        protocol: pr.Protocol,
+        net: Net,
+        partner: Net | Haggler,
+        mesh,
+        scenarios: Sequence[Scenario],
+        rows: int = 64,
+        imagined_user: Params | None = None,
     ):
-        self.cfg, self.scenarios, self.rows = cfg, scenarios, rows
+        self.cfg, self.scenarios, self.rows, self._protocol = cfg, scenarios, rows, protocol
         self._imagined_user = imagined_user
+        scripted = isinstance(partner, Haggler)
         plan = make_planner(cfg, net, protocol)
+        outcomes = outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
-            views = rollout.View(net, params, ours), rollout.View(partner_net, partner_params, theirs)
+            views = rollout.View(net, params, ours), rollout.View(partner, partner_params, theirs)
             return rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
 
-        def exchange(params, partner_params, ours, theirs, temperature_R, key, user):
-            """One turn of either side, where it has the floor; and what ours took in tokens, where it was planned."""
+        def speak(params, ours, theirs, temperature_R, key, user):
+            """A turn of ours where it has the floor, heard by the partner; what it took in tokens; whose turn it is then."""
             waits_B = ~has_floor(protocol, ours)
             planned = plan(params, ours.replace(ended_B=waits_B), key, temperature_R, user)
             theirs = hear(protocol, theirs, planned.dialogue)
-            theirs = rollout.imagine(
-                partner_net,
-                protocol,
-                partner_params,
-                theirs.replace(ended_B=~has_floor(protocol, theirs)),
-                jax.random.fold_in(key, 1),
-                tokens=cfg.tokens,
-                turns=1,
+            return planned.dialogue, theirs, jnp.where(waits_B, 0, planned.tokens_B), has_floor(protocol, theirs)
+
+        def answer(partner_params, theirs, floor_B, temperature_R, key):
+            return rollout.imagine(
+                partner, protocol, partner_params, theirs.replace(ended_B=~floor_B), key, tokens=cfg.tokens, turns=1,
                 temperature=temperature_R,
-            )
-            return hear(protocol, planned.dialogue, theirs), theirs, jnp.where(waits_B, 0, planned.tokens_B)
+            )  # fmt: skip
 
-        outcomes = outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
+        def answer_by_script(partner_params, theirs, floor_B, temperature_R, key):
+            return partner.answer(*jax.device_get((theirs, floor_B)))
 
-        def read(params, partner_params, ours, theirs):
+        def reads(reader):
             """Each side's outcome: the likeliest possible one as it sees the dialogue."""
-            ours = outcome.read(net, protocol, params, ours, outcomes).dialogue
-            return ours, outcome.read(partner_net, protocol, partner_params, theirs, outcomes).dialogue
+            return pjit(lambda params, side: outcome.read(reader, protocol, params, side, outcomes), mesh)
 
-        self._talk, self._exchange, self._read = pjit(talk, mesh), pjit(exchange, mesh), pjit(read, mesh)
-        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
+        def read_by_script(partner_params, theirs):
+            return partner.settle(jax.device_get(theirs))
+
+        self._talk = None if scripted else pjit(talk, mesh)  # else turn by turn
+        self._speak, self._hear = pjit(speak, mesh), pjit(lambda own, other: hear(protocol, own, other), mesh)
+        self._answer = answer_by_script if scripted else pjit(answer, mesh)
+        self._read_ours, self._read_theirs = reads(net), read_by_script if scripted else reads(partner)
 
     def play(self, params: Params, partner_params: Params, key: Array, dialogues: int, temperature: float):
         """Plays scenarios in order, from either seat and with either first speaker in turn.
@@ -156,20 +223,19 @@ class Table:
           figures: arrays of `settle` and the length of each dialogue in turns.
           dialogues: as the policy saw them, numpy, with its points.
         """
-        temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
-        temperature_R[pr.OUTCOME] = GREEDY
+        temperature_R = temperatures(temperature)
         results, seen = [], []
         for start in range(0, dialogues, self.rows):
             index = np.arange(start, start + self.rows)
             ours, theirs = self.openings(index)
             sides, more = (params, partner_params), {}
-            if self.cfg.plan == "none":
+            if self._talk and self.cfg.plan == "none":
                 ours, theirs = self._talk(*sides, ours, theirs, temperature_R, key)
             else:
                 ours, theirs, more = self._turn_by_turn(*sides, ours, theirs, temperature_R, key)
-            ours, theirs = jax.device_get(self._read(*sides, ours, theirs))
+            ours, theirs = self._read(*sides, ours, theirs)
             figures = settle(ours, theirs) | more
-            ours = _earned(ours, figures["score_a"])
+            ours = jax.device_get(earned(ours, figures["score_a"]))
             spoken_BT = np.isin(ours.author_BT, (pr.ASSISTANT, pr.USER))  # the outcome is no turn
             figures["turns"] = ours.turn_BT.max(axis=1, where=spoken_BT, initial=0)
             kept = index < dialogues
@@ -178,38 +244,37 @@ class Table:
         figures = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
         return figures, join(seen)
 
+    def openings(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
+        """The prompts of the given dialogues, seen from our side and from the partner's."""
+        return openings(self.cfg, self._protocol, self.scenarios, index)
+
+    def _read(self, params, partner_params, ours: Dialogue, theirs: Dialogue) -> tuple[Dialogue, Dialogue]:
+        return jax.device_get((self._read_ours(params, ours), self._read_theirs(partner_params, theirs)))
+
     def _turn_by_turn(self, params, partner_params, ours: Dialogue, theirs: Dialogue, temperature_R, key: Array):
-        """The dialogues of both sides when ours plans its turns, and what planning took."""
+        """The dialogues of both sides when ours plans its turns or the partner is scripted, and what planning took."""
         ours, theirs = map(self._widened, (ours, theirs))
         tokens_B, turns_B, before = np.zeros(self.rows, int), np.zeros(self.rows, int), -1
         since = time.monotonic()
         while before < (before := int(lengths(ours).sum() + lengths(theirs).sum())):
-            now_key = jax.random.fold_in(key, before)
-            ours, theirs, planned_B = jax.device_get(
-                self._exchange(params, partner_params, ours, theirs, temperature_R, now_key, self._imagined_user)
+            own_key, partner_key = (jax.random.fold_in(jax.random.fold_in(key, before), side) for side in range(2))
+            spoken, theirs, planned_B, floor_B = self._speak(
+                params, ours, theirs, temperature_R, own_key, self._imagined_user
             )
+            theirs = self._answer(partner_params, theirs, floor_B, temperature_R, partner_key)
+            ours, theirs = jax.device_get((self._hear(spoken, theirs), theirs))
+            planned_B = np.asarray(planned_B)
             tokens_B, turns_B = tokens_B + planned_B, turns_B + (planned_B > 0)
+        if self.cfg.plan == "none":
+            return ours, theirs, {}
         seconds = np.full(self.rows, (time.monotonic() - since) / self.rows)
         return ours, theirs, {"plan_tokens": tokens_B, "plan_turns": turns_B, "plan_seconds": seconds}
 
     def _widened(self, prompt: Dialogue) -> Dialogue:
         token_BT = np.pad(prompt.token_BT, ((0, 0), (0, self.cfg.tokens - prompt.token_BT.shape[1])))
         empty = empty_dialogues(self.rows, self.cfg.tokens, self.cfg.turns)
-        author_BT, turn_BT = map(np.asarray, self._parse(token_BT))
+        author_BT, turn_BT = map(np.asarray, _parse(self._protocol, token_BT))
         return empty.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, uid_B=prompt.uid_B)
-
-    def openings(self, index: np.ndarray) -> tuple[Dialogue, Dialogue]:
-        """The prompts of the given dialogues, seen from our side and from the partner's."""
-        n = len(self.scenarios)
-        seat, first = (index // n) % 2, (index // (2 * n) + index) % 2
-        pairs = [self.scenarios[i % n][::-1] if s else self.scenarios[i % n] for i, s in zip(index, seat, strict=True)]
-        speakers = np.where(first, pr.ASSISTANT, pr.USER)
-        sides = []
-        for side, speaker in ((0, speakers), (1, pr.ASSISTANT + pr.USER - speakers)):
-            dialogue = prompts([pair[side] for pair in pairs], speaker.tolist(), self.cfg.tokens, self.cfg.turns)
-            author_BT, turn_BT = map(np.asarray, self._parse(dialogue.token_BT))
-            sides.append(dialogue.replace(author_BT=author_BT, turn_BT=turn_BT, uid_B=index.astype(np.uint32)))
-        return sides[0], sides[1]
 
 
 def plan_cost(figures: dict[str, np.ndarray]) -> dict[str, float]:

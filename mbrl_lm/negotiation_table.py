@@ -1,0 +1,285 @@
+"""The table of negotiators and their partners: from the results of matches to a CSV, to Markdown, and to sentences.
+
+A record is the figures of one row, partner and seed. The page can be made again from the CSV alone.
+"""
+
+import csv
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from mbrl_lm.ablation_runs import Mean, interval
+
+FIGURES = (
+    "score_a", "score_b", "score_a_agreed", "score_b_agreed", "agreed", "pareto", "turns", "words_a_message", "copied",
+    "word_ppl", "split_accuracy", "score_a_se", "score_b_se", "plan_gain", "plan_gain_low", "plan_gain_high",
+    "plan_tokens_a_turn", "plan_seconds_a_turn", "dialogues", "wall_s",
+)  # fmt: skip
+LIKELIHOOD, PARTNER, IMAGINED, OTHERS = "likelihood", "p1", "self", ("p2", "hard", "agreeable")
+
+Key = tuple[str, str, int]  # row, partner, seed
+Record = dict[str, float | str | None]
+Records = dict[Key, Record]
+
+
+class Line(NamedTuple):
+    """A row of the table: its name, its runs, and the row whose policy it plans with."""
+
+    name: str
+    shows: str
+    trained: str  # the directory of the run that negotiates
+    plain: str = ""  # the same policy without a planner
+
+
+class Paper(NamedTuple):
+    """What Lewis et al. (2017) report, against their LIKELIHOOD model."""
+
+    score_a: float
+    score_b: float
+    score_a_agreed: float
+    score_b_agreed: float
+    agreed: float
+    pareto: float
+
+
+PAPER = {
+    "likelihood": Paper(5.4, 5.5, 6.2, 6.2, 87.9, 49.6),
+    "rl": Paper(7.1, 4.2, 7.9, 4.7, 89.9, 58.6),
+    "rollouts": Paper(7.3, 5.1, 7.9, 5.5, 92.9, 63.7),
+    "rl_rollouts": Paper(8.3, 4.2, 8.8, 4.5, 94.4, 74.8),
+}
+PAPER_FALL = 8.3 - 4.6  # RL+ROLLOUTS, from the model to people
+
+
+# ---- from matches to records ----
+
+
+def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequence[str]) -> Records:
+    """What there is of W/match/<row>/seed_<n>, with what planning gained over the same policy's plain turns."""
+    records = {}
+    for line in lines:
+        for path in sorted((workdir / "match" / line.name).glob("seed_*")):
+            seed, done = int(path.name.removeprefix("seed_")), _read(path / "results.json")
+            trained = _read(workdir / line.trained / path.name / "results.json")
+            commits = path / "commit.txt"
+            commit = commits.read_text(encoding="utf-8").splitlines()[-1] if commits.exists() else ""
+            for partner in partners:
+                match = _read(path / f"{partner}.json")
+                if not match:
+                    continue
+                found = {name.replace("plan/", "plan_"): x for name, x in match["figures"].items()}
+                record: Record = {name: found.get(name) for name in FIGURES}
+                record |= {"word_ppl": done.get("word_ppl/val"), "split_accuracy": done.get("split_accuracy/val/whole")}
+                record |= {"dialogues": len(match["score_a"]), "wall_s": trained.get("wall_s")}
+                plain = _read(workdir / "match" / line.plain / path.name / f"{partner}.json") if line.plain else {}
+                if plain:
+                    record |= gain(match["score_a"], plain["score_a"])
+                records[line.name, partner, seed] = record | {"commit": commit[:7] + commit[40:]}
+    return records
+
+
+def gain(planned: Sequence[float], plain: Sequence[float]) -> dict[str, float | None]:
+    """What planning adds to the points in the same scenarios, and its 95 % interval over them."""
+    both = [x - y for x, y in zip(planned, plain, strict=False)]
+    mean = interval(both)
+    return {"plan_gain": mean.mean, "plan_gain_low": mean.low, "plan_gain_high": mean.high}
+
+
+def _read(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+# ---- the CSV ----
+
+
+def write_csv(path: pathlib.Path, records: Records) -> None:
+    """One line per row, partner and seed; what is not known is empty."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("row", "partner", "seed", "commit", *FIGURES))
+        for key, record in records.items():
+            figures = ("" if record.get(name) is None else f"{record[name]:.6g}" for name in FIGURES)
+            writer.writerow((*key, record["commit"], *figures))
+
+
+def read_csv(path: pathlib.Path) -> Records:
+    """What `write_csv` wrote.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    records = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, line in enumerate(csv.DictReader(file), 2):
+            try:
+                figures = {name: float(line[name]) if line.get(name) else None for name in FIGURES}
+                records[line["row"], line["partner"], int(line["seed"])] = figures | {"commit": line["commit"]}
+            except (KeyError, ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no line of a table of negotiations ({error!r})") from error
+    return records
+
+
+# ---- the page ----
+
+
+def over_seeds(records: Records, row: str, partner: str, figure: str) -> tuple[Mean, float | None] | None:
+    """The mean over seeds with its interval, and its standard error; with one seed, that of its dialogues if it is known."""
+    keys = [key for key in records if key[:2] == (row, partner) and records[key].get(figure) is not None]
+    if not keys:
+        return None
+    values = [records[key][figure] for key in keys]
+    if len(values) == 1:
+        return Mean(values[0]), records[keys[0]].get(f"{figure}_se")
+    mean = math.fsum(values) / len(values)
+    return interval(values), math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+
+
+def cell(records: Records, row: str, partner: str, figure: str, digits: int = 1) -> str:
+    """`7.1 ± 0.1`, the mean and its standard error; `-` where nothing is known."""
+    found = over_seeds(records, row, partner, figure)
+    if found is None:
+        return "-"
+    mean, error = found
+    return f"{mean.mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def markdown(lines: Sequence[Line], records: Records, partners: Mapping[str, str]) -> str:
+    """The page: rows against p1 beside the paper's, all partners, what planning gains, and what became of the aims."""
+    shown = [line for line in lines if any(key[0] == line.name for key in records)]
+    seeds = sorted({seed for _, _, seed in records})
+    page = f"# Negotiations\n\nSeeds: {', '.join(map(str, seeds)) or 'none'}; "
+    page += "± is a standard error, over seeds, or over the dialogues of the only one.\n"
+    page += "\n## Against p1, the own LIKELIHOOD model\n\n"
+    head = ["row", "all: own v its points", "agreed", "% agreed", "% Pareto", "perplexity", "drift", "splits read", "turns",
+            "words", "% copied", "training, min", "paper: all", "agreed", "% agreed", "% Pareto"]  # fmt: skip
+    page += _table(head, [_main_line(line, records) for line in shown])
+    page += "\n## Own points with each partner\n\n"
+    head = ["row", *(f"{name}: {what}" for name, what in partners.items()), "gap: self - p2"]
+    page += _table(head, [_matrix_line(line, records, list(partners)) for line in shown])
+    page += "\n## % agreed, and the partner's points\n\n"
+    page += _table(["row", *partners], [_partners_line(line, records, list(partners)) for line in shown])
+    planned = [line for line in shown if line.plain]
+    if planned:
+        page += "\n## What planning gains, in the same scenarios\n\n"
+        page += _table(
+            ["row", *partners, "tokens a turn", "seconds a turn"],
+            [_gain_line(line, records, list(partners)) for line in planned],
+        )
+    return page + "\n## What was to be shown\n\n" + "".join(f"- {told}\n" for told in aims(lines, records))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def _main_line(line: Line, records: Records) -> list[str]:
+    def of(figure: str, digits: int = 1) -> str:
+        return cell(records, line.name, PARTNER, figure, digits)
+
+    ppl, before = (over_seeds(records, name, PARTNER, "word_ppl") for name in (line.name, LIKELIHOOD))
+    drift = f"{100 * (ppl[0].mean / before[0].mean - 1):+.1f} %" if ppl and before else "-"
+    wall = over_seeds(records, line.name, PARTNER, "wall_s")
+    own = [
+        f"{of('score_a')} v {of('score_b')}",
+        f"{of('score_a_agreed')} v {of('score_b_agreed')}",
+        of("agreed"),
+        of("pareto"),
+    ]
+    said = [of("split_accuracy", 3), of("turns"), of("words_a_message"), of("copied", 0)]
+    paper = ["-"] * 4
+    if theirs := PAPER.get(line.name):
+        scores = f"{theirs.score_a} v {theirs.score_b}", f"{theirs.score_a_agreed} v {theirs.score_b_agreed}"
+        paper = [*scores, str(theirs.agreed), str(theirs.pareto)]
+    minutes = f"{wall[0].mean / 60:.0f}" if wall else "-"
+    return [line.name, *own, of("word_ppl", 2), drift, *said, minutes, *paper]
+
+
+def _partners_line(line: Line, records: Records, partners: Sequence[str]) -> list[str]:
+    figures = (
+        f"{cell(records, line.name, partner, 'agreed', 0)}, {cell(records, line.name, partner, 'score_b')}"
+        for partner in partners
+    )
+    return [line.name, *figures]
+
+
+def _matrix_line(line: Line, records: Records, partners: Sequence[str]) -> list[str]:
+    own, other = (over_seeds(records, line.name, partner, "score_a") for partner in (IMAGINED, "p2"))
+    gap = f"{own[0].mean - other[0].mean:+.1f}" if own and other else "-"
+    return [line.name, *(cell(records, line.name, partner, "score_a") for partner in partners), gap]
+
+
+def _gain_line(line: Line, records: Records, partners: Sequence[str]) -> list[str]:
+    cost = [
+        cell(records, line.name, PARTNER, f"plan_{name}_a_turn", digits) for name, digits in (("tokens", 0), ("seconds", 2))
+    ]
+    return [line.name, *(_gain(records, line.name, partner) for partner in partners), *cost]
+
+
+def _gain(records: Records, row: str, partner: str) -> str:
+    found = over_seeds(records, row, partner, "plan_gain")
+    if found is None:
+        return "-"
+    mean = found[0]
+    if mean.low is None:  # one seed: the interval over its scenarios
+        ends = (over_seeds(records, row, partner, f"plan_gain_{end}") for end in ("low", "high"))
+        mean = Mean(mean.mean, *(end and end[0].mean for end in ends))
+    return f"{mean.mean:+.2f}" + (f" [{mean.low:+.2f}, {mean.high:+.2f}]" if mean.low is not None else "")
+
+
+class Aim(NamedTuple):
+    """Something that a row has to reach: a figure with a partner, at least or at most."""
+
+    says: str
+    row: str
+    partner: str
+    figure: str
+    holds: Callable[[float], bool]
+
+
+def aims(lines: Sequence[Line], records: Records) -> list[str]:
+    """What became of each aim, in words."""
+    told = []
+    for aim in AIMS:
+        found = over_seeds(records, aim.row, aim.partner, aim.figure)
+        if found is None:
+            told.append(f"{aim.says}: {aim.row} has not negotiated yet")
+        else:
+            value = found[0].mean
+            told.append(f"{aim.says}: {value:.2f}: {'reached' if aim.holds(value) else 'not reached'}")
+    ours = [line.name for line in lines if line.name.startswith("ours")]
+    for row in ours:
+        base = over_seeds(records, row, PARTNER, "score_a")
+        for partner in ("p2", "hard"):
+            other = over_seeds(records, row, partner, "score_a")
+            if base and other:
+                fall = base[0].mean - other[0].mean
+                verdict = "reached" if fall < PAPER_FALL / 2 else "not reached"
+                told.append(
+                    f"{row}: from p1 to {partner} its score falls by {fall:.2f} (less than {PAPER_FALL / 2:.2f}): {verdict}"
+                )
+        ppl, before = (over_seeds(records, name, PARTNER, "word_ppl") for name in (row, LIKELIHOOD))
+        if ppl and before:
+            drift = 100 * (ppl[0].mean / before[0].mean - 1)
+            told.append(
+                f"{row}: perplexity rises by {drift:.1f} % (less than 7 %): {'reached' if drift < 7 else 'not reached'}"
+            )
+    return told
+
+
+AIMS = (
+    Aim("LIKELIHOOD: perplexity at most 5.40", "likelihood", PARTNER, "word_ppl", lambda x: x <= 5.40),
+    Aim("LIKELIHOOD: splits read right, at least .85", "likelihood", PARTNER, "split_accuracy", lambda x: x >= 0.85),
+    Aim("LIKELIHOOD: at least 85 % agreed with itself", "likelihood", PARTNER, "agreed", lambda x: x >= 85),
+    *(
+        aim
+        for row in ("ours", "ours_guards", "ours_planning")
+        for aim in (
+            Aim(f"{row}: at least 8.3 points against p1", row, PARTNER, "score_a", lambda x: x >= 8.3),
+            Aim(f"{row}: the partner has more than 4.2 (target 5.0)", row, PARTNER, "score_b", lambda x: x > 4.2),
+            Aim(f"{row}: at least 94.4 % agreed (target 97)", row, PARTNER, "agreed", lambda x: x >= 94.4),
+            Aim(f"{row}: at least 74.8 % Pareto efficient (target 85)", row, PARTNER, "pareto", lambda x: x >= 74.8),
+        )
+    ),
+)
