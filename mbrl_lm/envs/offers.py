@@ -73,7 +73,7 @@ class _Reading:
             self.rest, self.rest_named = self.owner, True
 
     def turn_to(self, who: int, afterwards: bool) -> None:
-        """Names an owner, of what follows or, `afterwards`, of what was just named: "2 balls for you", "the rest is yours"."""
+        """Names an owner of what follows or, `afterwards`, of what was just named: "2 balls for you", "rest is yours"."""
         if afterwards and (self.named or self.rest_named):
             for item in self.named:
                 if item in self.given[self.owner]:
