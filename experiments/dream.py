@@ -12,7 +12,7 @@ import functools
 import jax
 import numpy as np
 
-from mbrl_lm import app, config, learner, nn, outcome, rollout, sharding, trained
+from mbrl_lm import app, config, learner, nn, rollout, sharding, trained
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import text_batches
 from mbrl_lm.data.corpus import load_corpus
@@ -50,17 +50,14 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     )  # fmt: skip
 
 
-def dream_of_both(
-    net: nn.Net, protocol: pr.Protocol, cfg: config.Config, outcomes: int, state: TrainState, sides, key
-) -> Dialogue:
+def dream_of_both(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainState, sides, key) -> Dialogue:
     """Whole negotiations with an imagined user that has values of its own.
 
-    The model speaks, and reads the outcome, from either seat; the reward is the points of a deal that both name, and a part
+    The model speaks, and writes the outcome, from either seat; the reward is the points of a deal that both name, and a part
     of what it gives the other side.
 
     Args:
       net, protocol, cfg: of the run.
-      outcomes: the most that there are.
       state: of the run.
       sides: the prompts as the policy and as the user see them.
       key: of the samples.
@@ -69,8 +66,7 @@ def dream_of_both(
     speakers = state.params, state.params if user is None else user
     views = [rollout.View(net, params, copied_prompt(side, cfg)) for params, side in zip(speakers, sides, strict=True)]
     temperature_R = negotiation.temperatures(cfg.imagine.temperature)
-    said = rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
-    ours, theirs = (outcome.read(net, protocol, params, side, outcomes) for params, side in zip(speakers, said, strict=True))
+    ours, theirs = rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
     result = negotiation.result(ours, theirs)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
     earned = negotiation.earned(ours, result.score_a + cfg.imagine.generosity * result.score_b)
@@ -107,8 +103,7 @@ def main(run: app.Run):
     plain = dataclasses.replace(cfg, plan="none")  # the policy itself talks and is judged; planners: experiments.evaluate
     experience = Experience(plain, net, corpus, mesh)
     if cfg.imagine.sides == 2:
-        outcomes = outcome.number_of([own[::2] for own, _ in experience.scenarios])
-        imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg, outcomes), experience.openings
+        imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg), experience.openings
     else:
         imagine, prompts_at = functools.partial(dream, net, corpus.protocol, cfg), experience.prompts
     imagine = pjit(imagine, mesh)

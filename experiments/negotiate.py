@@ -52,6 +52,9 @@ SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, 
     "imagine.batch": 64,
     "imagine.temperature": 0.5,
     "train.rl_batch": 16,
+    "train.rl_steps": 300,
+    "loss.policy": 20.0,
+    "returns.scale_floor": 10.0,  # the points of a negotiation
 }
 RUNS = {  # by the name of their directory
     "likelihood": {"train.rl_steps": 0, "imagine.batch": 0, "eval.dialogues": 0},
@@ -65,9 +68,8 @@ RUNS = {  # by the name of their directory
         "returns.token_discount": 0.95,
         "loss.kl": 0.0,
     },
-    "ours": SELF_PLAY | {"imagine.user": "frozen", "loss.policy": 5.0, "imagine.generosity": 0.2},
-    "ours_guards": SELF_PLAY
-    | {"imagine.user": "population", "loss.policy": 5.0, "loss.trust": 0.3, "imagine.generosity": 0.2},
+    "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.2},
+    "ours_guards": SELF_PLAY | {"imagine.user": "population", "loss.trust": 0.3, "imagine.generosity": 0.2},
 }
 ROLLOUTS = {  # ten candidates, five roll-outs of each to the end, points times the probability of the outcome
     "plan": "rollouts",

@@ -200,7 +200,8 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
 
         advantage_BU = zeros_BU
         if rl:
-            state = watch_returns(cfg.returns, state, return_BU, turns.mask_BU, imagined_B)
+            since = state.step - cfg.train.supervised_steps
+            state = watch_returns(cfg.returns, state, return_BU, turns.mask_BU, imagined_B, since)
             advantage_BU = advantages(cfg, state, return_BU, seen.open_value, turns.mask_BU, real.token_BT.shape[0])
             metrics |= figures(rows, turns, return_BU, seen.open_value, imagined_B)
             metrics["train/return_range"] = state.return_high - state.return_low, jnp.ones(())
@@ -230,16 +231,22 @@ def tokens_after(dialogue: Dialogue) -> Array:
     return jnp.maximum(jnp.sum(said_BT, axis=1, keepdims=True) - jnp.cumsum(said_BT, axis=1), 0.0)
 
 
-def watch_returns(cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array) -> TrainState:
-    """Moves the running range of the returns, and their running means, on by one batch."""
+def watch_returns(
+    cfg: config.Returns, state: TrainState, return_BU: Array, mask_BU: Array, imagined_B: Array, since: Array
+) -> TrainState:
+    """Moves the running range of the returns, and their running means, on by one batch, `since` so many steps of RL.
 
-    def moved(old, new):
-        return cfg.scale_decay * old + (1 - cfg.scale_decay) * new
+    The range begins at 0, below the floor; the means, with which returns are compared, begin as plain averages.
+    """
+
+    def moved(old, new, decay=cfg.scale_decay):
+        return decay * old + (1 - decay) * new
 
     def mean_of(rows_B, old):
         chosen_BU = mask_BU & rows_B[:, None]
         count = jnp.sum(chosen_BU)
-        return jnp.where(count > 0, moved(old, masked_sum(return_BU, chosen_BU) / jnp.maximum(count, 1)), old)
+        decay = jnp.minimum(cfg.scale_decay, since / (since + 1))
+        return jnp.where(count > 0, moved(old, masked_sum(return_BU, chosen_BU) / jnp.maximum(count, 1), decay), old)
 
     low, high = value.return_range(return_BU, mask_BU)
     return state.replace(

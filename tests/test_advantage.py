@@ -55,7 +55,14 @@ def test_running_means_know_real_from_imagined():
     cfg = config_of(returns__scale_decay=0.5)
     state = learner.init_state(w.net, make_optimizer(cfg.train), jax.random.key(0))
     return_BU, mask_BU = jnp.array([[2.0, 4.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]])
-    moved = targets.watch_returns(cfg.returns, state, return_BU, mask_BU, jnp.array([False, True]))
-    assert (moved.real_mean, moved.imagined_mean) == (1.5, 4.0)
-    moved = targets.watch_returns(cfg.returns, moved, return_BU, mask_BU & False, jnp.array([False, True]))
-    assert (moved.real_mean, moved.imagined_mean) == (1.5, 4.0), "nothing seen, nothing moved"
+    imagined_B = jnp.array([False, True])
+
+    def after(state, return_BU, mask_BU, since):
+        moved = targets.watch_returns(cfg.returns, state, return_BU, mask_BU, imagined_B, since)
+        return moved, (float(moved.real_mean), float(moved.imagined_mean))
+
+    begun, means = after(state, return_BU, mask_BU, 0)
+    assert means == (3.0, 8.0), "the first ones are taken as they are"
+    moved, means = after(begun, 2 * return_BU, mask_BU, 5)
+    assert means == (4.5, 12.0)
+    assert after(moved, return_BU, mask_BU & False, 6)[1] == means, "nothing seen, nothing moved"
