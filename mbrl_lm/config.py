@@ -152,6 +152,7 @@ class Planner:
     candidates: int = 8  # C, turns that are considered; plan=gumbel: at every node of the tree
     futures: int = 4  # M, imagined of each candidate
     depth: int = 2  # imagined user replies before the value, or of the tree; 0: the value where the assistant has spoken
+    future_tokens: int = 0  # a future of more tokens is cut, and worth its value; 0 = no limit
     kappa: float = 0.0  # off a candidate's worth for each standard deviation of its futures
     temperature: float = 0.0  # of the choice, by exp(worth / temperature); 0 = the best one; plan=gumbel: scale of the noise
     iterations: int = 3  # plan=mpc: rounds

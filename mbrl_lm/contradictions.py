@@ -95,7 +95,10 @@ def check(cfg: Config) -> None:
             min(planner.candidates, planner.futures, planner.iterations, planner.elites, planner.simulations) < 1,
             "planner.candidates, futures, iterations, elites and simulations must be at least 1",
         ),
-        (min(planner.depth, planner.kappa, planner.temperature, planner.budget) < 0, "no planner.* may be negative"),
+        (
+            min(planner.depth, planner.kappa, planner.temperature, planner.budget, planner.future_tokens) < 0,
+            "no planner.* may be negative",
+        ),
         (planner.user not in ("reference", "live"), "planner.user is reference or live"),
         (cfg.guard.discriminator >= 1, "guard.discriminator is a probability below 1"),
         (cfg.guard.anchors and not cfg.collect.every, "guard.anchors needs real dialogues: set collect.every"),

@@ -29,6 +29,7 @@ from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
 ROWS_AT_ONCE = 64  # that are read in one forward pass
+WIDTHS = (0.5, 0.75, 1.0)  # parts of a dialogue; what is short is computed on the first of them that holds it
 REPEATED = -1e9  # the logit of a candidate whose text stands before it
 
 
@@ -60,7 +61,8 @@ def make_planner(cfg: config.Config, net: Net, protocol: pr.Protocol) -> Planner
     always the policy's.
     """
     kinds = {"none": _plain, "rollouts": _iterated, "mpc": _iterated, "gumbel": _searched}
-    return kinds[cfg.plan](Lookahead(cfg, net, protocol))
+    chooses = cfg.planner.candidates > 1
+    return kinds[cfg.plan if chooses else "none"](Lookahead(cfg, net, protocol))
 
 
 def affordable(cfg: config.Config) -> config.Planner:
@@ -87,6 +89,11 @@ def affordable(cfg: config.Config) -> config.Planner:
     return dataclasses.replace(plan, **{name: min(getattr(plan, name), most)})
 
 
+def of_tokens(path: Any) -> bool:
+    """Whether a member of a dialogue has one element for each token."""
+    return path[-1].name.endswith("_BT")
+
+
 class Lookahead:
     """How a planner writes candidates, imagines what follows, and what it makes of that.
 
@@ -96,24 +103,55 @@ class Lookahead:
 
     def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol):
         self.cfg, self.plan, self.net, self.protocol = cfg, affordable(cfg), net, protocol
+        self.widths = sorted({round(cfg.tokens * part) for part in WIDTHS})  # of caches
         self._centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
-    def write(self, params: Params, prompt: Dialogue, key: Array, temperature, user, *, turns: int = 1, copies: int = 1):
-        """`rollout.imagine`, and the tokens written in each row."""
-        written = rollout.imagine(
-            self.net,
-            self.protocol,
-            params,
-            prompt,
-            key,
-            tokens=self.cfg.tokens,
-            turns=turns,
-            temperature=temperature,
-            user=user,
-            copies=copies,
-        )
-        before_B = jnp.repeat(prompt_lengths(prompt), copies)
-        return written, prompt_lengths(written) - before_B
+    def write(
+        self,
+        params: Params,
+        prompt: Dialogue,
+        key: Array,
+        temperature,
+        user,
+        *,
+        turns: int = 1,
+        copies: int = 1,
+        room: int = 0,
+    ):
+        """`rollout.imagine`, and the tokens written in each row.
+
+        With `room`, on no wider a cache than leaves every row that many tokens: dialogues that need more are cut there.
+        """
+
+        def at(width: int, prompt: Dialogue) -> Dialogue:
+            written = rollout.imagine(
+                self.net,
+                self.protocol,
+                params,
+                jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt),
+                key,
+                tokens=width,
+                turns=turns,
+                temperature=temperature,
+                user=user,
+                copies=copies,
+            )
+            return self._widened(written)
+
+        length_B = prompt_lengths(prompt)
+        widths = [width for width in self.widths if width > room] if room else self.widths[-1:]
+        place = jnp.searchsorted(jnp.array(widths), jnp.max(length_B) + room)
+        branches = [functools.partial(at, width) for width in widths]
+        written = jax.lax.switch(jnp.minimum(place, len(widths) - 1), branches, prompt)
+        return written, prompt_lengths(written) - jnp.repeat(length_B, copies)
+
+    def _widened(self, dialogue: Dialogue) -> Dialogue:
+        def widen(path, x):
+            more = self.cfg.tokens - x.shape[1] if of_tokens(path) else 0
+            fill = pr.END if path[-1].name == "author_BT" else 0
+            return jnp.pad(x, ((0, 0), (0, more)), constant_values=fill) if more else x
+
+        return jax.tree_util.tree_map_with_path(widen, dialogue)
 
     def look(self, params: Params, dialogue: Dialogue, from_B: Array) -> Outlook:
         """What dialogues are worth from the assistant turn on that was written from position `from_B` on.
@@ -122,7 +160,7 @@ class Lookahead:
         learnt of it. Futures are read a part at a time, however many there are.
         """
         parts = from_B.shape[0] // math.gcd(from_B.shape[0], ROWS_AT_ONCE)
-        return mapped(functools.partial(self._look, params), self.cfg.widths, (dialogue, from_B), parts)
+        return mapped(functools.partial(self._look, params), self.widths, (dialogue, from_B), parts)
 
     def _look(self, params: Params, rows: tuple[Dialogue, Array]) -> Outlook:
         (dialogue, from_B), cfg = rows, self.cfg
@@ -226,7 +264,8 @@ def _iterated(ahead: Lookahead) -> Planner:
 
         def written(base: Dialogue, copies: int, key: Array) -> tuple[Pool, Array]:
             """New candidates, nothing known of them, and the tokens that they took of each prompt."""
-            dialogue, tokens_B = ahead.write(params, base, key, temperature, None, copies=copies)
+            room = cfg.turn_tokens
+            dialogue, tokens_B = ahead.write(params, base, key, temperature, None, copies=copies, room=room)
             zeros_B = jnp.zeros(B * C)
             return Pool(dialogue, zeros_B, zeros_B), jnp.sum(tokens_B.reshape(B, C), axis=1)
 
@@ -237,7 +276,8 @@ def _iterated(ahead: Lookahead) -> Planner:
             tokens_B = jnp.zeros(rows, jnp.int32)
             if plan.depth:
                 turns = 2 * plan.depth - 1
-                future, tokens_B = ahead.write(params, future, key, temperature, user, turns=turns, copies=M)
+                room = plan.future_tokens
+                future, tokens_B = ahead.write(params, future, key, temperature, user, turns=turns, copies=M, room=room)
             look = ahead.look(params, future, jnp.repeat(from_B, rows // B * M))
             return_BM = look.return_B.reshape(rows, M)
             worth_B = jnp.mean(return_BM, axis=1) - plan.kappa * jnp.std(return_BM, axis=1)

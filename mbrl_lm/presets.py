@@ -60,6 +60,7 @@ PAPER = NEGOTIATION | {  # an hour on two cores
     "train.undropped": 0.04,
     "train.rl_steps": 150,
     "partner.share": 0.1,
+    "partner.steps": 1500,
 }
 NO_RL = {"train.rl_steps": 0, "imagine.batch": 0, "collect.every": 0, "eval.dialogues": 0, "eval.final_dialogues": 0}
 CHAT = NO_RL | {  # recorded conversations without a reward: the world model and its supervised policy

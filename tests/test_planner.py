@@ -303,3 +303,23 @@ def test_a_budget_buys_futures_or_simulations():
     for plan, budget in (("rollouts", own + future - 1), ("mpc", rounds - 1), ("gumbel", own + turn)):
         with pytest.raises(config.ConfigError, match="too small"):
             bought(plan, budget, iterations=2, elites=1, **many)
+
+
+def test_a_future_that_needs_more_tokens_is_cut_and_worth_its_value():
+    """The user goes on being happy for ever; each reply earns 1, and a state is worth a quarter of the replies so far."""
+    says = {
+        pr.TO_ASSISTANT: {A: 1.0},
+        A: {pr.TO_USER: 1.0},
+        pr.TO_USER: {GOOD: 1.0},
+        GOOD: {pr.TO_ASSISTANT: 1.0},
+    }
+    params = knowledge(says, reward={GOOD: 1.0}, values={GOOD: 0.25})
+    rows = dialogue(PROTOCOL, ["bos e >a", "bos e >a a >u g >a"], T=T)
+    limited = {"candidates": 2, "futures": 1, "depth": 9, "future_tokens": 6}
+    planned = compiled("rollouts", **limited)(params, rows, jax.random.key(0), TEMPERATURE)
+    # The longer prompt and its turn have 9 tokens, and 6 more make 15: caches of 16 tokens hold them. In the first row
+    # that leaves room for replies that earn 1, 2, 3, and the value of 3; in the other one for such that earn 2 and 3.
+    first = 1 + DISCOUNT * 2 + DISCOUNT**2 * 3 + DISCOUNT**3 * 0.75
+    second = 2 + DISCOUNT * 3 + DISCOUNT**2 * 0.75
+    assert planned.dialogue.token_BT.shape == (2, T) and (planned.dialogue.author_BT[:, 12:] == pr.END).all()
+    np.testing.assert_allclose(planned.worth_B, [first, second], rtol=1e-3)
