@@ -1,7 +1,11 @@
 """The outcome of a negotiation as one side reads it off the dialogue: the likeliest split that is possible, or no deal.
 
-Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017).
+Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017). What the
+own values suggest is not what was said: so the other side's reading counts as well, with values that it might have.
 """
+
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +13,14 @@ import numpy as np
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
-from mbrl_lm.rollout import copied
+from mbrl_lm.rollout import copied, picked
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
+
+POINTS = 10  # that all items together are worth to either side
+SUPPOSED = 3  # contexts of the other side that are tried out
+NO_DEAL_SURE = 0.95  # of no deal, to read it: in half of the dialogues recorded as such a split had been talked out
+WIDTHS = (0.25, 0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it
 
 
 def number_of(count_BI: np.ndarray) -> int:
@@ -19,20 +28,86 @@ def number_of(count_BI: np.ndarray) -> int:
     return 1 + int(np.max(np.prod(np.asarray(count_BI) + 1, axis=1)))
 
 
-def possible(count_BI: Array, outcomes: int) -> tuple[Array, Array]:
-    """All outcomes as tokens (B, S, 4), S = `outcomes`, no deal the first; and bool (B, S), which of the slots are used."""
+def slots(count_BI: Array, outcomes: int) -> tuple[Array, Array]:
+    """The own share in each outcome, (B, S, 3), S = `outcomes`, and bool (B, S), which are used; the first is no deal."""
     slot_S = jnp.arange(outcomes)[None] - 1
     first_BS, second_BS = (count_BI[:, i : i + 1] + 1 for i in (0, 1))
     share_BSI = jnp.stack([slot_S % first_BS, slot_S // first_BS % second_BS, slot_S // (first_BS * second_BS)], axis=-1)
-    token_BS4 = jnp.concatenate([pr.NUMBER + share_BSI, jnp.full_like(share_BSI[..., :1], pr.STOP)], axis=-1)
-    none_4 = jnp.array([pr.NO_DEAL, pr.STOP, pr.PAD, pr.PAD])
-    token_BS4 = jnp.where((slot_S < 0)[..., None], none_4[None, None], token_BS4).astype(jnp.int32)
-    used_BS = slot_S < jnp.prod(count_BI + 1, axis=1)[:, None]
-    return token_BS4, used_BS
+    return jnp.maximum(share_BSI, 0), slot_S < jnp.prod(count_BI + 1, axis=1)[:, None]
+
+
+def slot_of(share_BSI: Array, count_BI: Array) -> Array:
+    """i32 (B, S): where a share stands among the outcomes."""
+    first_BS, second_BS = (count_BI[:, i : i + 1] + 1 for i in (0, 1))
+    return 1 + share_BSI[..., 0] + first_BS * (share_BSI[..., 1] + second_BS * share_BSI[..., 2])
+
+
+def supposed_values() -> np.ndarray:
+    """i32 (11, 11, 11, K, 3): for any counts a few values that make them worth POINTS, far from each other."""
+    most = pr.LARGEST_NUMBER + 1
+    table = np.ones((most, most, most, SUPPOSED, 3), np.int32)
+    for count in itertools.product(range(1, 7), repeat=3):
+        values = [v for v in itertools.product(range(most), repeat=3) if np.dot(count, v) == POINTS]
+        if values:
+            table[count] = [values[i] for i in np.linspace(0, len(values) - 1, SUPPOSED).round().astype(int)]
+    return table
+
+
+def log_probabilities(
+    net: Net, protocol: pr.Protocol, params: Params, token_BT: Array, start_B: Array, outcomes: int
+) -> Array:
+    """f32 (B, S): of each outcome that begins at `start_B`, -inf in slots that are not used; there is one item of each kind.
+
+    Each dialogue is read once, and what its outcomes begin with in common is written once.
+    """
+    T = token_BT.shape[1]
+    count_BI = token_BT[:, 1:6:2] - pr.NUMBER
+    share_BSI, used_BS = slots(count_BI, outcomes)
+    firsts, pairs = pr.LARGEST_NUMBER + 1, max((outcomes - 1) // 2, 1)
+
+    def at(width, x) -> Array:
+        token_T, start, count_I, share_SI, used_S = x
+        token_T = token_T[:width]
+
+        def after(cache, token_R, place):
+            """Log-probabilities, (R, V), of what follows a token that is written in each row before `place`."""
+            role_R = jnp.full(token_R.shape[0], pr.OUTCOME)
+            heads, cache = net.decode_step(params, token_R, start - 1 + place, cache, role_R)
+            logits_RV = policy_logits(protocol, heads.logits_BTV, role_R, jnp.full(token_R.shape[0], place), 1.0)
+            return cache, jax.nn.log_softmax(logits_RV)
+
+        token_1T = jnp.where(jnp.arange(width) < start, token_T, pr.PAD)[None]
+        cache = net.prefill(params, token_1T, net.init_cache(1, width))
+        cache, begins_1V = after(cache, token_T[None, start - 1], 0)
+        # The first share and, in the last row, no deal; then the first two shares. After three only the end may follow.
+        first_R = jnp.append(pr.NUMBER + jnp.arange(firsts), pr.NO_DEAL)
+        cache, second_RV = after(copied(cache, firsts + 1), first_R, 1)
+        pair_R = jnp.arange(pairs)
+        begun = picked(cache, jnp.minimum(pair_R % (count_I[0] + 1), firsts - 1))
+        _, third_RV = after(begun, pr.NUMBER + jnp.minimum(pair_R // (count_I[0] + 1), pr.LARGEST_NUMBER), 2)
+        one_S, two_S, three_S = share_SI.T
+        pair_S = jnp.minimum(one_S + (count_I[0] + 1) * two_S, pairs - 1)
+        logp_S = (
+            begins_1V[0, pr.NUMBER + one_S] + second_RV[one_S, pr.NUMBER + two_S] + third_RV[pair_S, pr.NUMBER + three_S]
+        )
+        none = begins_1V[0, pr.NO_DEAL] + second_RV[-1, pr.STOP]
+        return jnp.where(used_S, logp_S.at[0].set(none), -jnp.inf)
+
+    widths = [round(T * part) for part in WIDTHS]
+    branches = [functools.partial(at, width) for width in widths]
+
+    def weigh(x) -> Array:
+        place = jnp.searchsorted(jnp.array(widths), x[1] + pr.OUTCOME_TOKENS)
+        return jax.lax.switch(jnp.minimum(place, len(widths) - 1), branches, x)
+
+    return jax.lax.map(weigh, (token_BT, start_B, count_BI, share_BSI, used_BS))
 
 
 def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int) -> Dialogue:
     """The dialogues with the likeliest outcome in the place of the one that was written, where one was called for.
+
+    A split is as likely as the own view says, times the (geometric) mean of what views of the other side say, whose values
+    are not known. No deal is read where the own view is sure of it.
 
     Args:
       net, params: whoever reads.
@@ -45,35 +120,28 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     called_B = jnp.any(called_BT, axis=1)
     start_B = jnp.argmax(called_BT, axis=1).astype(jnp.int32) + 1
     called_B &= start_B + pr.OUTCOME_TOKENS <= T
-    count_BI = dialogue.token_BT[:, 1:6:2] - pr.NUMBER
-    token_BS4, used_BS = possible(count_BI, outcomes)
+    at_B = jnp.where(called_B, start_B, 1)
+    count_BI = jnp.clip(dialogue.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER)
+    share_BSI, _ = slots(count_BI, outcomes)
 
-    def weigh(x) -> Array:
-        """Log-probability of each outcome of one dialogue: it is read once, its outcomes side by side."""
-        token_T, start, token_S4 = x
-        token_1T = jnp.where(jnp.arange(T) < start, token_T, pr.PAD)[None]
-        cache = copied(net.prefill(params, token_1T, net.init_cache(1, T)), outcomes)
+    own_BS = jax.nn.log_softmax(log_probabilities(net, protocol, params, dialogue.token_BT, at_B, outcomes))
+    value_BKI = jnp.asarray(supposed_values())[tuple(count_BI.T)]
+    theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1)
+    other_BS = jnp.zeros_like(own_BS)
+    for k in range(SUPPOSED):
+        token_BT = jnp.asarray(protocol.mirror_V)[dialogue.token_BT].at[:, 2:7:2].set(pr.NUMBER + value_BKI[:, k])
+        logp_BS = jax.nn.log_softmax(log_probabilities(net, protocol, params, token_BT, at_B, outcomes))
+        other_BS += jnp.take_along_axis(logp_BS, theirs_BS, axis=1) / SUPPOSED
+    best_B = jnp.argmax(jnp.where(jnp.isfinite(own_BS), own_BS + other_BS, -jnp.inf)[:, 1:], axis=1) + 1
+    none_B1 = (own_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
 
-        def step(carry, place):
-            cache, last_S = carry
-            role_S = jnp.full(outcomes, pr.OUTCOME)
-            heads, cache = net.decode_step(params, last_S, start - 1 + place, cache, role_S)
-            logits_SV = policy_logits(protocol, heads.logits_BTV, role_S, jnp.full(outcomes, place), 1.0)
-            next_S = token_S4[:, place]
-            logp_S = jnp.take_along_axis(jax.nn.log_softmax(logits_SV), next_S[:, None], axis=1)[:, 0]
-            return (cache, next_S), jnp.where(next_S == pr.PAD, 0.0, logp_S)
-
-        last_S = jnp.full(outcomes, token_T[start - 1])
-        return jnp.sum(jax.lax.scan(step, (cache, last_S), jnp.arange(pr.OUTCOME_TOKENS))[1], axis=0)
-
-    logp_BS = jax.lax.map(weigh, (dialogue.token_BT, jnp.where(called_B, start_B, 1), token_BS4))
-    logp_BS = jnp.where(used_BS, logp_BS, -jnp.inf)
-    best_B = jnp.argmax(logp_BS, axis=1)
-    chosen_B4 = jnp.take_along_axis(token_BS4, best_B[:, None, None], axis=1)[:, 0]
+    split_B3 = jnp.take_along_axis(share_BSI, best_B[:, None, None], axis=1)[:, 0]
+    split_B4 = jnp.pad(pr.NUMBER + split_B3, ((0, 0), (0, 1)), constant_values=pr.STOP)
+    chosen_B4 = jnp.where(none_B1, jnp.array([[pr.NO_DEAL, pr.STOP, pr.PAD, pr.PAD]]), split_B4).astype(jnp.int32)
     place_BT = jnp.arange(T)[None] - start_B[:, None]
-    at_BT = (place_BT >= 0) & called_B[:, None]
-    written_BT = jnp.take_along_axis(chosen_B4, jnp.clip(place_BT, 0, 3), axis=1)
-    token_BT = jnp.where(at_BT, jnp.where(place_BT < pr.OUTCOME_TOKENS, written_BT, pr.PAD), dialogue.token_BT)
+    written_BT = jnp.take_along_axis(chosen_B4, jnp.clip(place_BT, 0, pr.OUTCOME_TOKENS - 1), axis=1)
+    written_BT = jnp.where(place_BT < pr.OUTCOME_TOKENS, written_BT, pr.PAD)
+    token_BT = jnp.where((place_BT >= 0) & called_B[:, None], written_BT, dialogue.token_BT)
     author_BT, turn_BT = pr.parse(protocol, token_BT)
     ended_B = dialogue.ended_B | called_B
     return dialogue.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, ended_B=ended_B, cut_B=~ended_B)

@@ -104,6 +104,11 @@ def copied(tree: Any, copies: int) -> Any:
     return tree if copies == 1 else jax.tree_util.tree_map_with_path(repeat, tree)
 
 
+def picked(tree: Any, row_R: Array) -> Any:
+    """Some rows of a pytree, in any order; rows are found by the letters of the names."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: jnp.take(x, row_R, axis=letters(path, x.ndim).index("B")), tree)
+
+
 def copy_uids(uid_B: Array, copies: int, salt: int = 0) -> Array:
     """(B * copies,) u32: names of the copies of each row. The first one keeps the row's; the others' are scattered.
 

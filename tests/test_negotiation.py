@@ -128,14 +128,14 @@ def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle
 
 @pytest.mark.parametrize("plan", ["none", "rollouts", "gumbel"])
 def test_the_partner_plays_with_its_own_network(plan):
-    # We say a and hand over; the partner says b and calls for the outcome; then each writes its own share.
-    chains = "1 2 3", "1 2 0"
+    # We say a and hand over; the partner says b and calls for the outcome; then each writes that it gets one half.
+    chains = "1 2 3", "1 2 3"
     params = []
     for word, then, share in (("a", ">u", chains[0]), ("b", ">o", chains[1])):
         said = [*tokens(f">o {share}"), pr.STOP]
         after = dict(zip(said[:-1], said[1:], strict=True)) | {pr.TO_ASSISTANT: tokens(word)[0]}
         params.append(follows(27, after | {tokens(word)[0]: tokens(then)[0]}))
-    scenario = (2, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1)
+    scenario = (2, 1, 4, 1, 6, 1), (2, 1, 4, 1, 6, 1)
     cfg = config_of(plan=plan, imagine__reward="split", planner__candidates=2, planner__futures=1, planner__simulations=2)
     sat = Table(cfg, PROTOCOL, table_net(), table_net(), one_device(), [scenario], 4)
     figures, dialogues = sat.play(*params, KEY, 4, 0.5)
@@ -143,7 +143,7 @@ def test_the_partner_plays_with_its_own_network(plan):
     we_begin, they_begin = f"bos {numbers} >a a >u b >o 1 2 3 stop", f"bos {numbers} >u b >o 1 2 3 stop"
     expected = dialogue(PROTOCOL, [they_begin, we_begin, we_begin, they_begin])
     assert (dialogues.token_BT == expected.token_BT).all() and dialogues.ended_B.all()
-    assert figures["score_a"].tolist() == [6] * 4 and figures["score_b"].tolist() == [3] * 4
+    assert figures["score_a"].tolist() == [6] * 4 and figures["score_b"].tolist() == [6] * 4
     assert figures["turns"].tolist() == [1, 2, 2, 1]
     assert (dialogues.author_BT == expected.author_BT).all()
     if plan != "none":  # in the first and last row the partner called for the outcome: ours was read, and no turn planned

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fakes import follows, table_net
 from tiny import dialogue, noisy, world
 
 from mbrl_lm import outcome
@@ -15,35 +16,76 @@ ROWS = ["bos 1 4 2 1 1 2 >a a >u b >o 1 0 1 stop", "bos 2 1 1 3 3 1 >u a c >a b 
 
 
 def test_all_splits_are_there_once_and_no_deal():
-    token_BS4, used_BS = map(np.asarray, outcome.possible(jnp.array([[1, 2, 1], [3, 2, 2]]), 40))
-    assert outcome.number_of(np.array([[1, 2, 1], [3, 2, 2]])) == 37
+    count_BI = jnp.array([[1, 2, 1], [3, 2, 2]])
+    share_BSI, used_BS = outcome.slots(count_BI, 40)
+    assert outcome.number_of(np.asarray(count_BI)) == 37
     for b, counts in enumerate(((1, 2, 1), (3, 2, 2))):
-        expected = {
-            (*(pr.NUMBER + n for n in split), pr.STOP) for split in itertools.product(*(range(n + 1) for n in counts))
-        }
-        expected |= {(pr.NO_DEAL, pr.STOP, pr.PAD, pr.PAD)}
-        found = [tuple(row) for row in token_BS4[b][used_BS[b]].tolist()]
-        assert set(found) == expected and len(found) == len(expected)
+        expected = set(itertools.product(*(range(n + 1) for n in counts)))
+        found = [tuple(share) for share in np.asarray(share_BSI)[b, 1:][used_BS[b, 1:]].tolist()]
+        assert set(found) == expected and len(found) == len(expected) and used_BS[b, 0]
+    np.testing.assert_array_equal(outcome.slot_of(share_BSI, count_BI)[:, 1:], np.broadcast_to(np.arange(1, 40), (2, 39)))
 
 
-def test_the_likeliest_of_the_possible_outcomes_is_read():
-    """Against the score of every outcome, written out."""
+def test_supposed_values_make_all_items_worth_ten_points():
+    table = outcome.supposed_values()
+    for count in ((1, 4, 2), (3, 1, 1), (1, 1, 5)):
+        values = table[count]
+        assert (values @ np.array(count) == 10).all() and len({tuple(v) for v in values.tolist()}) > 1
+
+
+def written_out(w, params, begun: str, counts) -> tuple[list[str], np.ndarray]:
+    """Every outcome of a dialogue as text, no deal first, and its log-probability among all of them, by the score."""
+    splits = [" ".join(map(str, s)) for s in itertools.product(*(range(n + 1) for n in counts))]
+    texts = ["none stop", *(f"{split} stop" for split in splits)]
+    rows = dialogue(w.protocol, [f"{begun} >o {text}" for text in texts])
+    logp_BT = score(w.net, w.protocol, params, rows).logp_BT
+    logp_S = np.asarray(jnp.sum(jnp.where(rows.author_BT == pr.OUTCOME, logp_BT, 0.0), axis=1))
+    return texts, logp_S - np.logaddexp.reduce(logp_S)
+
+
+def test_the_likeliest_split_is_read_from_both_sides():
+    """Against the score of every outcome, written out; the other side's values are the supposed ones."""
     w = world("negotiation", seed=3, model__layers=1)
     params = noisy(w.params, 4, 0.5)
     rows = dialogue(w.protocol, ROWS)
     read = jax.jit(lambda p, d: outcome.read(w.net, w.protocol, p, d, 37))(params, rows)
+    mirror = {">a": ">u", ">u": ">a"}
     for b, counts in ((0, (1, 2, 1)), (1, (2, 1, 3))):
-        begun = ROWS[b].split(" >o ")[0] + " >o "
-        splits = [" ".join(map(str, s)) for s in itertools.product(*(range(n + 1) for n in counts))]
-        outcomes = ["none stop", *(f"{split} stop" for split in splits)]
-        written = dialogue(w.protocol, [begun + text for text in outcomes])
-        logp_BT = score(w.net, w.protocol, params, written).logp_BT
-        logp_S = np.asarray(jnp.sum(jnp.where(written.author_BT == pr.OUTCOME, logp_BT, 0.0), axis=1))
-        best = int(np.argmax(logp_S))
-        np.testing.assert_array_equal(read.token_BT[b], written.token_BT[best])
-        np.testing.assert_array_equal(read.author_BT[b], written.author_BT[best])
+        begun = ROWS[b].split(" >o ")[0]
+        texts, own_S = written_out(w, params, begun, counts)
+        total_S = own_S.copy()
+        words = begun.split()
+        for values in outcome.supposed_values()[counts]:
+            numbers = [str(n) for pair in zip(counts, values.tolist(), strict=True) for n in pair]
+            other = " ".join(["bos", *numbers, *(mirror.get(word, word) for word in words[7:])])
+            _, logp_S = written_out(w, params, other, counts)
+            for s, text in enumerate(texts[1:], 1):
+                theirs = " ".join(str(n - int(x)) for n, x in zip(counts, text.split(), strict=False)) + " stop"
+                total_S[s] += logp_S[texts.index(theirs)] / len(outcome.supposed_values()[counts])
+        best = texts[1 + int(np.argmax(total_S[1:]))]
+        expected = dialogue(w.protocol, [f"{begun} >o {best}"])
+        np.testing.assert_array_equal(read.token_BT[b], expected.token_BT[0])
+        np.testing.assert_array_equal(read.author_BT[b], expected.author_BT[0])
+        assert np.exp(own_S[0]) < outcome.NO_DEAL_SURE
     np.testing.assert_array_equal(read.token_BT[2], rows.token_BT[2])  # nobody called for an outcome
     np.testing.assert_array_equal(read.ended_B, [True, True, False])
+
+
+def test_no_deal_is_read_where_it_is_sure():
+    net, V = table_net(), pr.FIRST_PIECE + 8
+    protocol = pr.make_protocol("negotiation", V, turn_tokens=4)
+    rows = dialogue(protocol, ROWS[:1])
+    for sure, expected in ((0.97, "none stop"), (0.93, "0 0 0 stop")):
+        params = follows(V, {pr.NO_DEAL: pr.STOP})
+        numbers = slice(pr.NUMBER, pr.NUMBER + pr.LARGEST_NUMBER + 1)
+        params["table"][pr.TO_OUTCOME, numbers] = -50.0
+        params["table"][pr.TO_OUTCOME, [pr.NO_DEAL, pr.NUMBER]] = np.log([sure, 1 - sure])
+        params["table"][numbers, pr.NUMBER] = 5.0  # it is almost always nothing that somebody gets
+        params["table"][pr.TO_OUTCOME, pr.STOP] = -50.0
+        read = jax.jit(lambda p, d: outcome.read(net, protocol, p, d, 13))(params, rows)
+        text = ROWS[0].split(" >o ")[0] + f" >o {expected}"
+        found = np.asarray(read.token_BT)[0]
+        assert (found[rows.author_BT[0] == pr.OUTCOME][0] == pr.NO_DEAL) == (expected == "none stop"), text
 
 
 def test_what_was_written_before_does_not_matter():
