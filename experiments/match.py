@@ -5,11 +5,11 @@ r"""One trained negotiator at the table with several partners, most of whom noth
 
 RUN is the directory of a run of experiments.dream; how its policy talks and plans is what this command says. The partners:
 
-    self       the policy's own parameters in the other seat: the partner that it imagines
     p1         the likelihood model that RL began with, as in Lewis et al. (2017)
     p2         of another architecture and seed, fitted to scenarios that are nobody else's
     hard       a script that demands much and gives in slowly
     agreeable  a script that says little and takes what it gets
+    self       the policy's own parameters in the other seat: the partner that it imagines
 
 Each partner's figures are kept in M as soon as they are there; the same command goes on with the others.
 """
@@ -30,7 +30,7 @@ from mbrl_lm.envs import haggler, negotiation
 from mbrl_lm.heldout import Heldout
 from mbrl_lm.types import Dialogue, Params
 
-PARTNERS = ("self", "p1", "p2", *haggler.STYLES)
+PARTNERS = ("p1", "p2", *haggler.STYLES, "self")
 
 
 def as_trained(cfg: Config) -> Config:

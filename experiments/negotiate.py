@@ -26,11 +26,11 @@ from mbrl_lm.negotiation_table import Line
 
 DATA = "deal_or_no_deal"
 PARTNERS = {  # as in experiments.match
-    "self": "itself",
     "p1": "LIKELIHOOD",
     "p2": "other net, other scenarios",
     "hard": "script, demands much",
     "agreeable": "script, gives in",
+    "self": "itself",
 }
 
 
@@ -76,6 +76,7 @@ ROLLOUTS = {  # ten candidates, five roll-outs of each to the end, points times 
     "planner.candidates": 10,
     "planner.futures": 5,
     "planner.depth": 16,
+    "planner.future_tokens": 64,
     "planner.reward": "sure_split",
 }
 ROWS = (
