@@ -53,16 +53,21 @@ class Outlook(NamedTuple):
 Planner = Callable[..., Planned]
 
 
-def make_planner(cfg: config.Config, net: Net, protocol: pr.Protocol) -> Planner:
+def make_planner(cfg: config.Config, net: Net, protocol: pr.Protocol, narrow: bool = False) -> Planner:
     """Builds `plan(params, prompt, key, temperature, user=None) -> Planned`, to be compiled by `pjit`.
 
     Its arguments are those of `rollout.imagine`; a prompt ends where the assistant is about to speak, and one that has ended
     stays as it is. `user`: parameters that speak for the imagined user and read outcomes, if not the policy's; the heads are
     always the policy's.
+
+    Args:
+      cfg, net, protocol: of the run.
+      narrow: the plain policy, too, writes on a cache no wider than it needs: faster, and longer to compile.
     """
-    kinds = {"none": _plain, "rollouts": _iterated, "mpc": _iterated, "gumbel": _searched}
+    kinds = {"rollouts": _iterated, "mpc": _iterated, "gumbel": _searched}
     chooses = cfg.planner.candidates > 1
-    return kinds[cfg.plan if chooses else "none"](Lookahead(cfg, net, protocol))
+    ahead = Lookahead(cfg, net, protocol)
+    return kinds[cfg.plan](ahead) if chooses and cfg.plan != "none" else _plain(ahead, narrow)
 
 
 def affordable(cfg: config.Config) -> config.Planner:
@@ -197,9 +202,11 @@ class Lookahead:
 # ---- the plain policy ----
 
 
-def _plain(ahead: Lookahead) -> Planner:
+def _plain(ahead: Lookahead, narrow: bool) -> Planner:
+    room = ahead.cfg.turn_tokens if narrow else 0
+
     def plan(params, prompt, key, temperature, user=None):
-        written, tokens_B = ahead.write(params, prompt, key, temperature, None)
+        written, tokens_B = ahead.write(params, prompt, key, temperature, None, room=room)
         return Planned(written, jnp.zeros_like(tokens_B, jnp.float32), tokens_B)
 
     return plan

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mbrl_lm import protocol as pr
@@ -152,7 +153,8 @@ class Haggler:
     """
 
     def __init__(self, style: str, tokenizer: Tokenizer, protocol: pr.Protocol):
-        self._style, self._tokenizer, self._protocol = STYLES[style], tokenizer, protocol
+        self._style, self._tokenizer = STYLES[style], tokenizer
+        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def answer(self, dialogue: Dialogue, floor_B: np.ndarray) -> Dialogue:
         """The dialogues with one more turn of the partner's where it has the floor, as far as there is room."""
@@ -182,7 +184,7 @@ class Haggler:
         return self._parsed(dialogue.replace(token_BT=token_BT, ended_B=ended_B, cut_B=~ended_B))
 
     def _parsed(self, dialogue: Dialogue) -> Dialogue:
-        author_BT, turn_BT = (np.asarray(x) for x in pr.parse(self._protocol, dialogue.token_BT))
+        author_BT, turn_BT = map(np.asarray, self._parse(dialogue.token_BT))
         return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
 
     def _numbers(self, dialogue: Dialogue, b: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

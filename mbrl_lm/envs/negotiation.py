@@ -175,7 +175,7 @@ class Table:
         self.cfg, self.scenarios, self.rows, self._protocol = cfg, scenarios, rows, protocol
         self._imagined_user = imagined_user
         scripted = isinstance(partner, Haggler)
-        plan = make_planner(cfg, net, protocol)
+        plan = make_planner(cfg, net, protocol, narrow=True)
         outcomes = outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
