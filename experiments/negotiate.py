@@ -53,7 +53,13 @@ SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, 
     "imagine.temperature": 0.5,
     "train.rl_batch": 16,
     "train.rl_steps": 300,
+    "train.rl_learning_rate": 2e-4,
     "loss.policy": 20.0,
+    "loss.value": 0.05,  # the critic begins far off: ten times that, and its gradient leaves the policy none of the step
+    "loss.value_real": 0.05,
+    "loss.reward": 0.0,
+    "loss.end": 0.01,
+    "loss.assistant": 0.5,
     "returns.scale_floor": 10.0,  # the points of a negotiation
 }
 RUNS = {  # by the name of their directory
@@ -67,6 +73,8 @@ RUNS = {  # by the name of their directory
         "returns.lambda_": 1.0,
         "returns.token_discount": 0.95,
         "loss.kl": 0.0,
+        "loss.value": 0.0,
+        "loss.value_real": 0.0,
     },
     "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.2},
     "ours_guards": SELF_PLAY | {"imagine.user": "population", "loss.trust": 0.3, "imagine.generosity": 0.2},

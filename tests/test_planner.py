@@ -132,6 +132,22 @@ def test_one_candidate_is_the_plain_policy_exactly(plan, depth):
     np.testing.assert_allclose(planned.dialogue.logp_BT, written.logp_BT, atol=1e-5)
 
 
+def test_on_a_cache_no_wider_than_needed_the_policy_says_the_same():
+    w = world("chat", seed=3, model__layers=1)
+    decide = jax.jit(planner.make_planner(settings("none"), w.net, w.protocol, narrow=True))
+    for rows in (
+        ["bos b >u a >a", "bos d >u b stop"],
+        ["bos b >u a >a", "bos a >u c d >a c >u b >a a a a >u b c d a a a a a a >a"],
+    ):
+        key, prompt = jax.random.key(4), dialogue(w.protocol, rows, T=T)
+        written = rollout.imagine(w.net, w.protocol, w.params, prompt, key, tokens=T, turns=1, temperature=TEMPERATURE)
+        planned = decide(w.params, prompt, key, TEMPERATURE)
+        for name in ("token_BT", "author_BT", "turn_BT", "sampled_BT", "ended_B", "cut_B"):
+            np.testing.assert_array_equal(getattr(planned.dialogue, name), getattr(written, name), err_msg=name)
+        length_B = rollout.prompt_lengths(written) - rollout.prompt_lengths(prompt)
+        np.testing.assert_array_equal(planned.tokens_B, length_B)
+
+
 def test_without_a_planner_it_is_the_plain_policy():
     planned = compiled("none")(choice(a=0.25), prompts(400), jax.random.key(0), TEMPERATURE)
     assert abs(np.mean(said(planned) == A) - 0.25) < 0.07
