@@ -124,14 +124,17 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     count_BI = jnp.clip(dialogue.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER)
     share_BSI, _ = slots(count_BI, outcomes)
 
-    own_BS = jax.nn.log_softmax(log_probabilities(net, protocol, params, dialogue.token_BT, at_B, outcomes))
+    # The own view, then views of the other side.
+    token_BKT = jnp.repeat(dialogue.token_BT[:, None], 1 + SUPPOSED, axis=1)
+    token_BKT = token_BKT.at[:, 1:].set(jnp.asarray(protocol.mirror_V)[token_BKT[:, 1:]])
     value_BKI = jnp.asarray(supposed_values())[tuple(count_BI.T)]
+    token_BKT = token_BKT.at[:, 1:, 2:7:2].set(pr.NUMBER + value_BKI)
+    start_X = jnp.repeat(at_B, 1 + SUPPOSED)
+    logp_XS = log_probabilities(net, protocol, params, token_BKT.reshape(-1, T), start_X, outcomes)
+    logp_BKS = jax.nn.log_softmax(logp_XS).reshape(B, 1 + SUPPOSED, outcomes)
+    own_BS, other_BS = logp_BKS[:, 0], jnp.mean(logp_BKS[:, 1:], axis=1)
     theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1)
-    other_BS = jnp.zeros_like(own_BS)
-    for k in range(SUPPOSED):
-        token_BT = jnp.asarray(protocol.mirror_V)[dialogue.token_BT].at[:, 2:7:2].set(pr.NUMBER + value_BKI[:, k])
-        logp_BS = jax.nn.log_softmax(log_probabilities(net, protocol, params, token_BT, at_B, outcomes))
-        other_BS += jnp.take_along_axis(logp_BS, theirs_BS, axis=1) / SUPPOSED
+    other_BS = jnp.take_along_axis(other_BS, theirs_BS, axis=1)
     best_B = jnp.argmax(jnp.where(jnp.isfinite(own_BS), own_BS + other_BS, -jnp.inf)[:, 1:], axis=1) + 1
     none_B1 = (own_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
 
