@@ -93,8 +93,8 @@ ROWS = (
     Row("rollouts", "likelihood", "the likelihood model, planning as in the paper", ROLLOUTS),
     Row("rl_rollouts", "rl", "both", ROLLOUTS),
     Row("ours", "ours", "actor-critic over turns in imagination"),
-    Row("ours_guards", "ours_guards", "with a population of partners, and a trust region"),
-    Row("ours_planning", "ours_guards", "and planning", ROLLOUTS),
+    Row("ours_guards", "ours_guards", "the same with a population of partners, and a trust region"),
+    Row("ours_planning", "ours", "actor-critic over turns, and planning", ROLLOUTS),
 )
 
 
