@@ -166,8 +166,8 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_integer("seeds", 5, "seeds 0, 1, ...: how many", lower_bound=1, flag_values=own)
     flags.DEFINE_string("data_dir", None, "where train.txt and val.txt (test.txt) are", flag_values=own)
     flags.DEFINE_string("split", "val", "whose contexts are negotiated over: val or test", flag_values=own)
-    flags.DEFINE_integer("dialogues", 800, "with each partner", lower_bound=2, flag_values=own)
-    flags.DEFINE_integer("planned_dialogues", 200, "the same where every turn is planned", lower_bound=2, flag_values=own)
+    flags.DEFINE_integer("dialogues", 400, "with each partner", lower_bound=2, flag_values=own)
+    flags.DEFINE_integer("planned_dialogues", 96, "the same where every turn is planned", lower_bound=2, flag_values=own)
     return own
 
 

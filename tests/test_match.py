@@ -41,7 +41,7 @@ def test_policies_begin_with_the_likelihood_model_and_matches_with_policies(tmp_
     assert all(f"--config.start={tmp_path}/likelihood/seed_{seed}" in line for seed, line in enumerate(policies))
     rollouts, ours = matches[:2]
     assert f"--config.start={tmp_path}/likelihood/seed_0" in rollouts and "--config.plan=rollouts" in rollouts
-    assert f"--config.start={tmp_path}/ours/seed_0" in ours and "--config.eval.final_dialogues=800" in ours
+    assert f"--config.start={tmp_path}/ours/seed_0" in ours and "--config.eval.final_dialogues=400" in ours
     assert "--config.eval.final_dialogues=12" in rollouts and "--config.eval.split=test" in rollouts
 
 

@@ -180,7 +180,7 @@ class Table:
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
             views = rollout.View(net, params, ours), rollout.View(partner, partner_params, theirs)
-            return rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
+            return rollout.converse(protocol, *views, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R)
 
         def speak(params, ours, theirs, temperature_R, key, user):
             """A turn of ours where it has the floor, heard by the partner; what it took in tokens; whose turn it is then."""
@@ -254,10 +254,12 @@ class Table:
     def _turn_by_turn(self, params, partner_params, ours: Dialogue, theirs: Dialogue, temperature_R, key: Array):
         """The dialogues of both sides when ours plans its turns or the partner is scripted, and what planning took."""
         ours, theirs = map(self._widened, (ours, theirs))
-        tokens_B, turns_B, before = np.zeros(self.rows, int), np.zeros(self.rows, int), -1
+        tokens_B, turns_B, length = np.zeros(self.rows, int), np.zeros(self.rows, int), 0
         since = time.monotonic()
-        while before < (before := int(lengths(ours).sum() + lengths(theirs).sum())):
-            own_key, partner_key = (jax.random.fold_in(jax.random.fold_in(key, before), side) for side in range(2))
+        for turn in range(self.cfg.turns + 1):  # in the first one some partners have the floor alone
+            if length == (length := int(lengths(ours).sum() + lengths(theirs).sum())):
+                break  # nobody has said anything
+            own_key, partner_key = (jax.random.fold_in(jax.random.fold_in(key, turn), side) for side in range(2))
             spoken, theirs, planned_B, floor_B = self._speak(
                 params, ours, theirs, temperature_R, own_key, self._imagined_user
             )
