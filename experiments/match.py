@@ -6,7 +6,8 @@ r"""One trained negotiator at the table with several partners, most of whom noth
 RUN is the directory of a run of experiments.dream; how its policy talks and plans is what this command says. The partners:
 
     p1         the likelihood model that RL began with, as in Lewis et al. (2017)
-    p2         of another architecture and seed, fitted to scenarios that are nobody else's
+    p2         of another architecture and seed, fitted to scenarios that are nobody else's; these are few, and
+               too few to read outcomes by, which rules do for it
     hard       a script that demands much and gives in slowly
     agreeable  a script that says little and takes what it gets
     self       the policy's own parameters in the other seat: the partner that it imagines
@@ -17,7 +18,7 @@ Each partner's figures are kept in M as soon as they are there; the same command
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -48,8 +49,16 @@ def as_trained(cfg: Config) -> Config:
     return dataclasses.replace(theirs, start=theirs.start or cfg.start, **own)
 
 
-def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Params) -> tuple[Any, Params | None]:
-    """Who sits opposite: a network or a script, and its parameters.
+class Opposite(NamedTuple):
+    """Who sits opposite: a network or a script, its parameters, and who reads outcomes for it, if not itself."""
+
+    partner: nn.Net | haggler.Haggler
+    params: Params | None = None
+    listener: haggler.Listener | None = None
+
+
+def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Params) -> Opposite:
+    """Who sits opposite.
 
     Args:
       name: one of PARTNERS.
@@ -57,12 +66,14 @@ def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Param
       model: the negotiator.
       likelihood: what RL began with.
     """
+    corpus = model.corpus
     if name in haggler.STYLES:
-        return haggler.Haggler(name, model.corpus.tokenizer, model.corpus.protocol), None
+        return Opposite(haggler.Haggler(name, corpus.tokenizer, corpus.protocol))
     if name != "p2":
-        return model.net, model.state.params if name == "self" else likelihood
+        return Opposite(model.net, model.state.params if name == "self" else likelihood)
     net = nn.make_net(cfg.partner.model, model.corpus.protocol.vocab_size)
-    return net, judge.fit_partner(cfg, net, model.corpus, model.mesh, judge.partner_directory(cfg, pathlib.Path(cfg.start)))
+    params = judge.fit_partner(cfg, net, corpus, model.mesh, judge.partner_directory(cfg, pathlib.Path(cfg.start)))
+    return Opposite(net, params, haggler.Listener(corpus.tokenizer, corpus.protocol))
 
 
 def said(dialogues: Dialogue, corpus: Corpus) -> dict[str, float]:
@@ -77,13 +88,15 @@ def said(dialogues: Dialogue, corpus: Corpus) -> dict[str, float]:
     }
 
 
-def play(cfg: Config, model: trained.Trained, opposite: tuple[Any, Params | None], imagined_user: Params | None):
+def play(cfg: Config, model: trained.Trained, opposite: Opposite, imagined_user: Params | None):
     """The figures of a policy with one partner, dialogues to read, and its points in each, in the scenarios' order."""
-    corpus, (partner, params) = model.corpus, opposite
-    scenarios = negotiation.scenarios(corpus.val_records)
-    table = negotiation.Table(cfg, corpus.protocol, model.net, partner, model.mesh, scenarios, imagined_user=imagined_user)
+    corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
+    table = negotiation.Table(
+        cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
+        imagined_user=imagined_user, listener=opposite.listener,
+    )  # fmt: skip
     results, dialogues = table.play(
-        model.state.params, params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature
+        model.state.params, opposite.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature
     )
     figures = negotiation.summary(results) | said(dialogues, corpus) | negotiation.plan_cost(results)
     for side in ("score_a", "score_b"):

@@ -8,7 +8,7 @@ from tiny import config_of, dialogue
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs import haggler, offers
-from mbrl_lm.envs.haggler import STYLES, Haggler, Said
+from mbrl_lm.envs.haggler import STYLES, Haggler, Listener, Said
 from mbrl_lm.envs.negotiation import Table
 
 COUNT, VALUE = (1, 3, 2), (4, 2, 0)  # 10 points
@@ -133,3 +133,11 @@ def test_it_writes_only_where_it_has_the_floor_and_its_outcome_where_one_was_cal
     expected = [*expected[:2], expected[2] + " 1 3 0 stop", expected[3] + " 1 3 0 stop"]
     np.testing.assert_array_equal(settled.token_BT, dialogue(protocol, expected).token_BT)
     assert settled.ended_B.tolist() == [False, False, True, True]
+
+
+def test_a_listener_takes_the_last_offer_for_the_deal():
+    protocol = pr.make_protocol("negotiation", pr.FIRST_PIECE + 3, turn_tokens=4)
+    rows = ["bos 1 4 3 2 2 0 >u c >o 1 0 0 stop", "bos 1 4 3 2 2 0 >a c >o none stop", "bos 1 4 3 2 2 0 >u b >o none stop"]
+    settled = Listener(Words(), protocol).settle(dialogue(protocol, rows))
+    expected = [rows[0].replace("1 0 0", "1 3 0"), rows[1].replace("none", "0 0 2"), rows[2]]
+    np.testing.assert_array_equal(settled.token_BT, dialogue(protocol, expected).token_BT)

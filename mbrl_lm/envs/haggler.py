@@ -144,44 +144,35 @@ def settled(style: Style, count: Sequence[int], value: Sequence[int], said: Sequ
     return now.share if now.own or worth(now.share, value) >= demand(style, turns) else None
 
 
-class Haggler:
-    """A scripted partner at the table; its views of the dialogues are numpy.
+class Listener:
+    """Reads by rules what was agreed on: the last offer that was made. Its views of the dialogues are numpy.
 
     Args:
-      style: a name in STYLES.
       tokenizer, protocol: of the dialogues.
     """
 
-    def __init__(self, style: str, tokenizer: Tokenizer, protocol: pr.Protocol):
-        self._style, self._tokenizer = STYLES[style], tokenizer
+    def __init__(self, tokenizer: Tokenizer, protocol: pr.Protocol):
+        self._tokenizer = tokenizer
         self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
-    def answer(self, dialogue: Dialogue, floor_B: np.ndarray) -> Dialogue:
-        """The dialogues with one more turn of the partner's where it has the floor, as far as there is room."""
-        token_BT, length_B = dialogue.token_BT.copy(), np.sum(dialogue.author_BT != pr.END, axis=1)
-        sampled_BT = dialogue.sampled_BT.copy()
-        for b in np.flatnonzero(floor_B):
-            text = reply(self._style, *self._numbers(dialogue, b), self._said(dialogue, b), int(dialogue.uid_B[b]))
-            tokens = [pr.TO_OUTCOME] if text is None else [*self._tokenizer.encode(text), pr.TO_USER]
-            at = slice(length_B[b], length_B[b] + len(tokens))
-            token_BT[b, at] = tokens[: token_BT.shape[1] - length_B[b]]
-            sampled_BT[b, at] = True
-        return self._parsed(dialogue.replace(token_BT=token_BT, sampled_BT=sampled_BT))
-
     def settle(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogues with the partner's outcome where one was called for."""
+        """The dialogues with the own outcome where one was called for."""
         token_BT, ended_B = dialogue.token_BT.copy(), dialogue.ended_B.copy()
         for b, token_T in enumerate(token_BT):
             called = np.flatnonzero((token_T == pr.TO_OUTCOME) & (dialogue.author_BT[b] != pr.END))
             if not len(called) or called[0] + 1 + pr.OUTCOME_TOKENS > len(token_T):
                 continue
             own_call = dialogue.author_BT[b, called[0]] == pr.ASSISTANT
-            share = settled(self._style, *self._numbers(dialogue, b), self._said(dialogue, b), bool(own_call))
+            share = self.share(*self._numbers(dialogue, b), self._said(dialogue, b), bool(own_call))
             tokens = [pr.NO_DEAL, pr.STOP] if share is None else [*(pr.NUMBER + n for n in share), pr.STOP]
             token_T[called[0] + 1 :] = pr.PAD
             token_T[called[0] + 1 : called[0] + 1 + len(tokens)] = tokens
             ended_B[b] = True
         return self._parsed(dialogue.replace(token_BT=token_BT, ended_B=ended_B, cut_B=~ended_B))
+
+    def share(self, count: Sequence[int], value: Sequence[int], said: Sequence[Said], own_call: bool) -> Share | None:
+        """What it takes to be its own share; None: no deal."""
+        return standing(said, count).share
 
     def _parsed(self, dialogue: Dialogue) -> Dialogue:
         author_BT, turn_BT = map(np.asarray, self._parse(dialogue.token_BT))
@@ -197,3 +188,31 @@ class Haggler:
         said_T = np.isin(author_T, (pr.ASSISTANT, pr.USER))
         turns = (np.flatnonzero(said_T & (turn_T == turn)) for turn in np.unique(turn_T[said_T]))
         return [Said(bool(author_T[at[0]] == pr.ASSISTANT), self._tokenizer.decode(token_T[at])) for at in turns]
+
+
+class Haggler(Listener):
+    """A scripted partner at the table.
+
+    Args:
+      style: a name in STYLES.
+      tokenizer, protocol: of the dialogues.
+    """
+
+    def __init__(self, style: str, tokenizer: Tokenizer, protocol: pr.Protocol):
+        super().__init__(tokenizer, protocol)
+        self._style = STYLES[style]
+
+    def answer(self, dialogue: Dialogue, floor_B: np.ndarray) -> Dialogue:
+        """The dialogues with one more turn of the partner's where it has the floor, as far as there is room."""
+        token_BT, length_B = dialogue.token_BT.copy(), np.sum(dialogue.author_BT != pr.END, axis=1)
+        sampled_BT = dialogue.sampled_BT.copy()
+        for b in np.flatnonzero(floor_B):
+            text = reply(self._style, *self._numbers(dialogue, b), self._said(dialogue, b), int(dialogue.uid_B[b]))
+            tokens = [pr.TO_OUTCOME] if text is None else [*self._tokenizer.encode(text), pr.TO_USER]
+            at = slice(length_B[b], length_B[b] + len(tokens))
+            token_BT[b, at] = tokens[: token_BT.shape[1] - length_B[b]]
+            sampled_BT[b, at] = True
+        return self._parsed(dialogue.replace(token_BT=token_BT, sampled_BT=sampled_BT))
+
+    def share(self, count: Sequence[int], value: Sequence[int], said: Sequence[Said], own_call: bool) -> Share | None:
+        return settled(self._style, count, value, said, own_call)

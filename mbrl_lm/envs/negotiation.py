@@ -17,7 +17,7 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import join, lengths
 from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
 from mbrl_lm.data.records import Record
-from mbrl_lm.envs.haggler import Haggler
+from mbrl_lm.envs.haggler import Haggler, Listener
 from mbrl_lm.nn import Net
 from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
@@ -159,6 +159,7 @@ class Table:
       scenarios: pairs of contexts, one for each side.
       rows: dialogues at a time.
       imagined_user: parameters that speak for the other side where `cfg.plan` looks ahead; None: those of the policy.
+      listener: who reads the outcome for the partner; None: itself.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Table:
         scenarios: Sequence[Scenario],
         rows: int = 64,
         imagined_user: Params | None = None,
+        listener: Listener | None = None,
     ):
         self.cfg, self.scenarios, self.rows, self._protocol = cfg, scenarios, rows, protocol
         self._imagined_user = imagined_user
@@ -202,13 +204,15 @@ class Table:
             """Each side's outcome: the likeliest possible one as it sees the dialogue."""
             return pjit(lambda params, side: outcome.read(reader, protocol, params, side, outcomes), mesh)
 
-        def read_by_script(partner_params, theirs):
-            return partner.settle(jax.device_get(theirs))
+        listener = partner if scripted else listener
+
+        def read_by_rules(partner_params, theirs):
+            return listener.settle(jax.device_get(theirs))
 
         self._talk = None if scripted else pjit(talk, mesh)  # else turn by turn
         self._speak, self._hear = pjit(speak, mesh), pjit(lambda own, other: hear(protocol, own, other), mesh)
         self._answer = answer_by_script if scripted else pjit(answer, mesh)
-        self._read_ours, self._read_theirs = reads(net), read_by_script if scripted else reads(partner)
+        self._read_ours, self._read_theirs = reads(net), read_by_rules if listener else reads(partner)
 
     def play(self, params: Params, partner_params: Params, key: Array, dialogues: int, temperature: float):
         """Plays scenarios in order, from either seat and with either first speaker in turn.
