@@ -95,23 +95,24 @@ class Words:
 
 
 def test_a_deal_at_the_table():
-    """The policy offers the rest, again and again; the script agrees, and calls for the outcome; both name one split."""
+    """The policy offers a half, again and again; the script agrees, and calls for the outcome; both name one split."""
     V = pr.FIRST_PIECE + 8
     protocol = pr.make_protocol("negotiation", V, turn_tokens=4)
-    offer, none, balls = pr.FIRST_PIECE + 2, pr.NUMBER, pr.NUMBER + 2
-    chain = {pr.TO_ASSISTANT: offer, offer: pr.TO_USER, pr.TO_OUTCOME: none, balls: pr.STOP}
-    params = follows(V, chain)
-    params["table"][none, [none, balls]] = 50.0  # 0 0 2 is the only possible share that is as likely to its end
-    params["table"][none, none] = 49.0
-    scenario = ((1, 4, 3, 2, 2, 0),) * 2
-    table = Table(
-        config_of(tokens=40), protocol, table_net(), Haggler("hard", Words(), protocol), one_device(), [scenario], 4
-    )
+    words, one = Words(), pr.NUMBER + 1
+    offer = words.encode("i take 1 book , 1 hat and 1 ball , you take the rest")[0]
+    params = follows(V, {pr.TO_ASSISTANT: offer, offer: pr.TO_USER, pr.TO_OUTCOME: one, one: one})
+    scenario = ((2, 2, 2, 1, 2, 2),) * 2
+    script = Haggler("agreeable", words, protocol)
+    table = Table(config_of(tokens=40), protocol, table_net(), script, one_device(), [scenario], 4)
     figures, dialogues = table.play(params, None, jax.random.key(0), 4, 0.5)
-    assert figures["agreed"].all() and dialogues.ended_B.all()
-    assert figures["score_a"].tolist() == [0] * 4 and figures["score_b"].tolist() == [10] * 4
-    assert figures["pareto"].all()
-    assert sorted(figures["turns"].tolist()) == [4, 4, 5, 5]  # c, deal, c, outcome; before it, where the script begins
+    assert figures["agreed"].all() and dialogues.ended_B.all() and figures["pareto"].all()
+    assert figures["score_a"].tolist() == figures["score_b"].tolist() == [5] * 4
+    assert sorted(figures["turns"].tolist()) == [
+        4,
+        4,
+        5,
+        5,
+    ]  # offer, deal, offer, outcome; before it, where the script begins
 
 
 def test_it_writes_only_where_it_has_the_floor_and_its_outcome_where_one_was_called_for():

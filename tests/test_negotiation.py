@@ -8,6 +8,7 @@ from tiny import config_of, dialogue, tokens, world
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
+from mbrl_lm.envs import negotiation
 from mbrl_lm.envs.negotiation import Table, earned, has_floor, hear, plan_cost, prompts, settle, summary
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
@@ -153,6 +154,27 @@ def test_the_partner_plays_with_its_own_network(plan):
         assert plan_cost(figures) == {}
     scores = dialogues.reward_BU
     assert scores.sum(axis=1).tolist() == [6] * 4 and (scores[[1, 2], 0] == 6).all()
+
+
+def test_dialogues_that_have_ended_are_no_longer_computed_and_the_others_stay_as_they_are(monkeypatch):
+    ours, theirs = world("negotiation", seed=1), world("negotiation", seed=5, model__layers=1, model__width=8)
+    cfg = config_of(plan="rollouts", imagine__reward="split", planner__candidates=2, planner__futures=1, planner__depth=1)
+    found, sizes = [], []
+    for fewest in (16, 4):
+        monkeypatch.setattr(negotiation, "FEWEST_ROWS", fewest)
+        sat = table(ours.net, theirs.net, cfg, rows=16)
+        speak = sat._speak
+
+        def watched(params, side, *args, speak=speak):
+            sizes.append(len(side.uid_B))
+            return speak(params, side, *args)
+
+        sat._speak = watched
+        figures, dialogues = sat.play(ours.params, theirs.params, KEY, 16, 1.0)
+        found.append((dialogues.token_BT, figures["plan_tokens"], figures["score_a"]))
+    for whole, fewer in zip(*found, strict=True):
+        np.testing.assert_array_equal(whole, fewer)
+    assert set(sizes) > {16} and min(sizes) <= 8
 
 
 def test_a_side_hears_words_and_no_outcome_and_has_not_ended_where_it_waits():

@@ -14,7 +14,7 @@ import numpy as np
 
 from mbrl_lm import config, outcome, reward, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import join, lengths
+from mbrl_lm.data.batches import join, take
 from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
 from mbrl_lm.data.records import Record
 from mbrl_lm.envs.haggler import Haggler, Listener
@@ -25,6 +25,7 @@ from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Array, Dialogue, Params
 
 Scenario = tuple[Sequence[int], Sequence[int]]  # the contexts of the two sides, `count value` of three kinds of item
+FEWEST_ROWS = 8  # that are computed together
 GREEDY = 1e-3  # temperature of the outcome, which is read off the dialogue and not negotiated
 
 
@@ -94,6 +95,11 @@ def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
 def has_floor(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
     """bool (B,): the next token is this side's to write, a turn or the outcome as it sees it."""
     return jnp.isin(rollout.next_role(protocol, dialogue), jnp.array([pr.ASSISTANT, pr.OUTCOME]))
+
+
+def can_go_on(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
+    """bool (B,): this side has the floor, and there is room for a token."""
+    return has_floor(protocol, dialogue) & (rollout.prompt_lengths(dialogue) < dialogue.token_BT.shape[1])
 
 
 def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialogue:
@@ -211,6 +217,7 @@ class Table:
 
         self._talk = None if scripted else pjit(talk, mesh)  # else turn by turn
         self._speak, self._hear = pjit(speak, mesh), pjit(lambda own, other: hear(protocol, own, other), mesh)
+        self._going = jax.jit(lambda ours, theirs: can_go_on(protocol, ours) | can_go_on(protocol, theirs))
         self._answer = answer_by_script if scripted else pjit(answer, mesh)
         self._read_ours, self._read_theirs = reads(net), read_by_rules if listener else reads(partner)
 
@@ -256,25 +263,35 @@ class Table:
         return jax.device_get((self._read_ours(params, ours), self._read_theirs(partner_params, theirs)))
 
     def _turn_by_turn(self, params, partner_params, ours: Dialogue, theirs: Dialogue, temperature_R, key: Array):
-        """The dialogues of both sides when ours plans its turns or the partner is scripted, and what planning took."""
-        ours, theirs = map(self._widened, (ours, theirs))
-        tokens_B, turns_B, length = np.zeros(self.rows, int), np.zeros(self.rows, int), 0
+        """The dialogues of both sides when ours plans its turns or the partner is scripted, and what planning took.
+
+        Fewer and fewer rows are computed as dialogues end; what a row says does not depend on the others.
+        """
+        sides = [jax.tree.map(np.array, self._widened(side)) for side in (ours, theirs)]
+        tokens_B, turns_B = np.zeros(self.rows, int), np.zeros(self.rows, int)
         since = time.monotonic()
         for turn in range(self.cfg.turns + 1):  # in the first one some partners have the floor alone
-            if length == (length := int(lengths(ours).sum() + lengths(theirs).sum())):
-                break  # nobody has said anything
+            live = np.flatnonzero(self._going(*sides))
+            if not len(live):
+                break
+            size = self.rows
+            while size // 2 >= max(len(live), FEWEST_ROWS):
+                size //= 2
+            ours, theirs = (take(side, np.resize(live, size)) for side in sides)
             own_key, partner_key = (jax.random.fold_in(jax.random.fold_in(key, turn), side) for side in range(2))
             spoken, theirs, planned_B, floor_B = self._speak(
                 params, ours, theirs, temperature_R, own_key, self._imagined_user
             )
             theirs = self._answer(partner_params, theirs, floor_B, temperature_R, partner_key)
-            ours, theirs = jax.device_get((self._hear(spoken, theirs), theirs))
-            planned_B = np.asarray(planned_B)
-            tokens_B, turns_B = tokens_B + planned_B, turns_B + (planned_B > 0)
+            ours, theirs, planned_B = jax.device_get((self._hear(spoken, theirs), theirs, planned_B))
+            for side, now in zip(sides, (ours, theirs), strict=True):
+                jax.tree.map(lambda x, new, at=live: x.__setitem__(at, new[: len(at)]), side, now)
+            tokens_B[live] += planned_B[: len(live)]
+            turns_B[live] += planned_B[: len(live)] > 0
         if self.cfg.plan == "none":
-            return ours, theirs, {}
+            return *sides, {}
         seconds = np.full(self.rows, (time.monotonic() - since) / self.rows)
-        return ours, theirs, {"plan_tokens": tokens_B, "plan_turns": turns_B, "plan_seconds": seconds}
+        return *sides, {"plan_tokens": tokens_B, "plan_turns": turns_B, "plan_seconds": seconds}
 
     def _widened(self, prompt: Dialogue) -> Dialogue:
         token_BT = np.pad(prompt.token_BT, ((0, 0), (0, self.cfg.tokens - prompt.token_BT.shape[1])))
