@@ -133,18 +133,22 @@ def _read_json(path: pathlib.Path) -> dict | None:
 # ---- records and CSV ----
 
 
-def write_csv(path: pathlib.Path, records: Records) -> None:
-    """One line per row and seed: row, seed, commit, and the figures; what is not known is empty."""
+def write_csv(
+    path: pathlib.Path, records: Mapping, keys: Sequence[str] = ("row", "seed"), figures: Sequence[str] = FIGURES
+) -> None:
+    """One line per record: its key, commit, and the figures; what is not known is empty."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("row", "seed", "commit", *FIGURES))
-        for (row, seed), record in records.items():
-            figures = ("" if record.get(name) is None else f"{record[name]:.8g}" for name in FIGURES)
-            writer.writerow((row, seed, record["commit"], *figures))
+        writer.writerow((*keys, "commit", *figures))
+        for key, record in records.items():
+            values = ("" if record.get(name) is None else f"{record[name]:.8g}" for name in figures)
+            writer.writerow((*key, record["commit"], *values))
 
 
-def read_csv(path: pathlib.Path) -> Records:
-    """What `write_csv` wrote.
+def read_csv(
+    path: pathlib.Path, keys: Sequence[str] = ("row", "seed"), figures: Sequence[str] = FIGURES, what: str = "ablations"
+) -> dict:
+    """What `write_csv` wrote; `what` the table is of.
 
     Raises:
       ValueError: it is no such file.
@@ -153,10 +157,11 @@ def read_csv(path: pathlib.Path) -> Records:
     with open(path, encoding="utf-8", newline="") as file:
         for number, line in enumerate(csv.DictReader(file), 2):
             try:
-                figures = {name: float(line[name]) if line.get(name) else None for name in FIGURES}
-                records[line["row"], int(line["seed"])] = figures | {"commit": line["commit"]}
+                key = tuple(int(line[name]) if name == "seed" else line[name] for name in keys)
+                found = {name: float(line[name]) if line.get(name) else None for name in figures}
+                records[key] = found | {"commit": line["commit"]}
             except (KeyError, ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no line of a table of ablations ({error!r})") from error
+                raise ValueError(f"{path}, line {number} is no line of a table of {what} ({error!r})") from error
     return records
 
 

@@ -3,15 +3,16 @@
 A record is the figures of one row, partner and seed. The page can be made again from the CSV alone.
 """
 
-import csv
 import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from mbrl_lm import ablation_runs
 from mbrl_lm.ablation_runs import Mean, interval
 
+KEYS = ("row", "partner", "seed")
 FIGURES = (
     "score_a", "score_b", "score_a_agreed", "score_b_agreed", "agreed", "pareto", "turns", "words_a_message", "copied",
     "word_ppl", "split_accuracy", "score_a_se", "score_b_se", "plan_gain", "plan_gain_low", "plan_gain_high",
@@ -96,12 +97,7 @@ def _read(path: pathlib.Path) -> dict:
 
 def write_csv(path: pathlib.Path, records: Records) -> None:
     """One line per row, partner and seed; what is not known is empty."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("row", "partner", "seed", "commit", *FIGURES))
-        for key, record in records.items():
-            figures = ("" if record.get(name) is None else f"{record[name]:.6g}" for name in FIGURES)
-            writer.writerow((*key, record["commit"], *figures))
+    ablation_runs.write_csv(path, records, KEYS, FIGURES)
 
 
 def read_csv(path: pathlib.Path) -> Records:
@@ -110,15 +106,7 @@ def read_csv(path: pathlib.Path) -> Records:
     Raises:
       ValueError: it is no such file.
     """
-    records = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, line in enumerate(csv.DictReader(file), 2):
-            try:
-                figures = {name: float(line[name]) if line.get(name) else None for name in FIGURES}
-                records[line["row"], line["partner"], int(line["seed"])] = figures | {"commit": line["commit"]}
-            except (KeyError, ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no line of a table of negotiations ({error!r})") from error
-    return records
+    return ablation_runs.read_csv(path, KEYS, FIGURES, "negotiations")
 
 
 # ---- the page ----

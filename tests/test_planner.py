@@ -189,8 +189,8 @@ def test_others_may_speak_for_the_imagined_user(plan):
     assert (said(planned) == A).all()
 
 
-def test_a_worth_is_the_discounted_return_and_the_value_where_it_is_cut():
-    """Reward: 1 for each of the user's words so far; two replies, then the value, .25 for each of them."""
+def happy_for_ever():
+    """Reward: 1 for each of the user's words so far; the value is .25 for each of them. What a prompt has earned is past."""
     says = {
         pr.TO_ASSISTANT: {A: 1.0},
         A: {pr.TO_USER: 1.0},
@@ -198,7 +198,12 @@ def test_a_worth_is_the_discounted_return_and_the_value_where_it_is_cut():
         GOOD: {pr.TO_ASSISTANT: 1.0},
     }
     params = knowledge(says, reward={GOOD: 1.0}, values={GOOD: 0.25})
-    rows = dialogue(PROTOCOL, ["bos e >a", "bos e >a a >u g >a"], T=T)  # what was earned before the prompt's end is past
+    return params, dialogue(PROTOCOL, ["bos e >a", "bos e >a a >u g >a"], T=T)
+
+
+def test_a_worth_is_the_discounted_return_and_the_value_where_it_is_cut():
+    """Reward: 1 for each of the user's words so far; two replies, then the value, .25 for each of them."""
+    params, rows = happy_for_ever()
     planned = compiled("rollouts", candidates=2, futures=3, depth=2)(params, rows, jax.random.key(0), TEMPERATURE)
     expected = [1 + DISCOUNT * 2 + DISCOUNT**2 * 0.5, 2 + DISCOUNT * 3 + DISCOUNT**2 * 0.75]
     np.testing.assert_allclose(planned.worth_B, expected, rtol=1e-3)
@@ -323,14 +328,7 @@ def test_a_budget_buys_futures_or_simulations():
 
 def test_a_future_that_needs_more_tokens_is_cut_and_worth_its_value():
     """The user goes on being happy for ever; each reply earns 1, and a state is worth a quarter of the replies so far."""
-    says = {
-        pr.TO_ASSISTANT: {A: 1.0},
-        A: {pr.TO_USER: 1.0},
-        pr.TO_USER: {GOOD: 1.0},
-        GOOD: {pr.TO_ASSISTANT: 1.0},
-    }
-    params = knowledge(says, reward={GOOD: 1.0}, values={GOOD: 0.25})
-    rows = dialogue(PROTOCOL, ["bos e >a", "bos e >a a >u g >a"], T=T)
+    params, rows = happy_for_ever()
     limited = {"candidates": 2, "futures": 1, "depth": 9, "future_tokens": 6}
     planned = compiled("rollouts", **limited)(params, rows, jax.random.key(0), TEMPERATURE)
     # The longer prompt and its turn have 9 tokens, and 6 more make 15: caches of 16 tokens hold them. In the first row
