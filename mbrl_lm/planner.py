@@ -151,12 +151,17 @@ class Lookahead:
         return written, prompt_lengths(written) - jnp.repeat(length_B, copies)
 
     def _widened(self, dialogue: Dialogue) -> Dialogue:
-        def widen(path, x):
-            more = self.cfg.tokens - x.shape[1] if of_tokens(path) else 0
-            fill = pr.END if path[-1].name == "author_BT" else 0
-            return jnp.pad(x, ((0, 0), (0, more)), constant_values=fill) if more else x
+        """The same with room for T tokens."""
+        more = self.cfg.tokens - dialogue.token_BT.shape[1]
 
-        return jax.tree_util.tree_map_with_path(widen, dialogue)
+        def widen(path, x):
+            return jnp.pad(x, ((0, 0), (0, more))) if of_tokens(path) else x
+
+        if not more:
+            return dialogue
+        dialogue = jax.tree_util.tree_map_with_path(widen, dialogue)
+        author_BT, turn_BT = pr.parse(self.protocol, dialogue.token_BT)
+        return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
 
     def look(self, params: Params, dialogue: Dialogue, from_B: Array) -> Outlook:
         """What dialogues are worth from the assistant turn on that was written from position `from_B` on.

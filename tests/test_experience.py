@@ -35,7 +35,7 @@ def made():
         turns = tuple(Turn(t["role"], t["text"], t.get("reward", 0.0)) for t in raw["turns"][:5])
         records.append(Record(turns, raw["context"], ended="cut" if len(raw["turns"]) > 5 else raw["ended"]))
     train = encode(records, pieces, protocol, cfg.tokens, cfg.turns)
-    corpus = Corpus(pieces, protocol, train, train, None, None, None, records)
+    corpus = Corpus(pieces, protocol, train, train, None, None, None, [], records)
     net = make_net(cfg.model, pieces.vocab_size)
     params = noisy(jax.jit(net.init)(jax.random.key(0)))
     state = learner.initialiser(cfg, net._replace(init=lambda key: params))(KEY)

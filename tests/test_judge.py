@@ -92,7 +92,7 @@ def partner_judge(monkeypatch, partner):
     monkeypatch.setattr(judge.nn, "make_net", lambda *args: table_net())
     monkeypatch.setattr(PartnerJudge, "ROWS", 4)
     record = Record((Turn("user", "a"),), numbers=SCENARIO[0], partner_numbers=SCENARIO[1], outcome=())
-    corpus = Corpus(None, NEGOTIATION, None, None, None, None, None, [record, record])
+    corpus = Corpus(None, NEGOTIATION, None, None, None, None, None, [], [record, record])
     cfg = config_of(data="deal_or_no_deal", imagine__reward="split", eval__temperature=0.5)
     return PartnerJudge(cfg, table_net(), corpus, one_device(), pathlib.Path())
 
@@ -136,7 +136,7 @@ def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_th
     cfg = config_of(data="deal_or_no_deal", partner__steps=3, imagine__reward="split", train__batch=2, widths=())
     cfg.partner.model = config.Model(layers=1, width=8, heads=2, kv_heads=1, mlp_width=8, bins=11)
     rows = [f"bos 1 {i} 1 1 1 1 >a a >u b >o 1 0 1 stop" for i in range(4)]
-    corpus = Corpus(None, NEGOTIATION, None, None, dialogue(NEGOTIATION, rows, U=5), None, None, [])
+    corpus = Corpus(None, NEGOTIATION, None, None, dialogue(NEGOTIATION, rows, U=5), None, None, [], [])
     text_batches, fed = judge.text_batches, []
 
     def watched(cfg, seed, dialogues, renamed):
@@ -164,7 +164,7 @@ def test_the_concierges_figures(monkeypatch):
     monkeypatch.setattr(ConciergeJudge, "ROWS", 4)
     sizes = {"seed": 1, "tokens": 88, "turns": 3, "turn_tokens": 6, "eval.temperature": 0.1}
     cfg = config.override(presets.preset("concierge", "tiny"), sizes)
-    corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
+    corpus = Corpus(pieces, protocol, None, None, None, None, None, [], [])
     sat = make_judge(cfg, table_net(cfg.model.bins), corpus, one_device(), None)
     figures, real = sat.evaluate(params, KEY, 6)
     assert real.uid_B.tolist() == list(TEST_UIDS[:6]) and real.ended_B.all()
@@ -187,7 +187,7 @@ def test_a_policy_whose_turns_never_fit_is_judged_all_the_same(monkeypatch):
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: hello, hello: hello})
     monkeypatch.setattr(ConciergeJudge, "ROWS", 2)
     cfg = config.override(presets.preset("concierge", "tiny"), {"tokens": 88, "turns": 3, "turn_tokens": 40})
-    corpus = Corpus(pieces, protocol, None, None, None, None, None, [])
+    corpus = Corpus(pieces, protocol, None, None, None, None, None, [], [])
     figures, real = ConciergeJudge(cfg, table_net(cfg.model.bins), corpus, one_device(), None).evaluate(params, KEY, 2)
     assert real.cut_B.all() and figures["true/turns"] == figures["true/return"] == figures["true/outcome"] == 0
 
