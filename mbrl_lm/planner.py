@@ -29,7 +29,7 @@ from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
 ROWS_AT_ONCE = 64  # that are read in one forward pass
-WIDTHS = (0.5, 0.75, 1.0)  # parts of a dialogue; what is short is computed on the first of them that holds it
+WIDTHS = (0.5, 1.0)  # parts of a dialogue; what is short is computed on the first of them that holds it
 REPEATED = -1e9  # the logit of a candidate whose text stands before it
 
 

@@ -18,8 +18,16 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax  # noqa: E402  (reads the environment when it is imported)
+import pytest  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 absl_logging.set_verbosity(absl_logging.FATAL)
 logging.getLogger("jax").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530: after each file they are let go."""
+    yield
+    jax.clear_caches()
