@@ -71,16 +71,20 @@ def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Param
         return Opposite(haggler.Haggler(name, corpus.tokenizer, corpus.protocol))
     if name != "p2":
         return Opposite(model.net, model.state.params if name == "self" else likelihood)
-    net = nn.make_net(cfg.partner.model, model.corpus.protocol.vocab_size)
+    net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
     params = judge.fit_partner(cfg, net, corpus, model.mesh, judge.partner_directory(cfg, pathlib.Path(cfg.start)))
     return Opposite(net, params, haggler.Listener(corpus.tokenizer, corpus.protocol))
 
 
-def said(dialogues: Dialogue, corpus: Corpus) -> dict[str, float]:
-    """How long the policy's messages are, and how many of them somebody wrote in the training data, in percent."""
+def messages(corpus: Corpus) -> set[str]:
+    """What somebody wrote in the training data, as the model would."""
     code = corpus.tokenizer
-    known = {code.decode(code.encode(turn.text)) for record in corpus.train_records for turn in record.turns}
-    records = decode(dialogues, code)
+    return {code.decode(code.encode(turn.text)) for record in corpus.train_records for turn in record.turns}
+
+
+def said(dialogues: Dialogue, corpus: Corpus, known: set[str]) -> dict[str, float]:
+    """How long the policy's messages are, and how many of them are among the known ones, in percent."""
+    records = decode(dialogues, corpus.tokenizer)
     own = [turn.text for record in records for turn in record.turns if turn.role == "assistant" and turn.text]
     return {
         "words_a_message": float(np.mean([len(text.split()) for text in own])) if own else 0.0,
@@ -88,17 +92,17 @@ def said(dialogues: Dialogue, corpus: Corpus) -> dict[str, float]:
     }
 
 
-def play(cfg: Config, model: trained.Trained, opposite: Opposite, imagined_user: Params | None):
+def play(cfg: Config, model: trained.Trained, opposite: Opposite, known: set[str]):
     """The figures of a policy with one partner, dialogues to read, and its points in each, in the scenarios' order."""
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
         cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
-        imagined_user=imagined_user, listener=opposite.listener,
+        imagined_user=model.imagined_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(
         model.state.params, opposite.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature
     )
-    figures = negotiation.summary(results) | said(dialogues, corpus) | negotiation.plan_cost(results)
+    figures = negotiation.summary(results) | said(dialogues, corpus, known) | negotiation.plan_cost(results)
     for side in ("score_a", "score_b"):
         figures[f"{side}_se"] = float(results[side].std(ddof=1) / np.sqrt(len(results[side])))
     samples = "\n".join(map(corpus.tokenizer.render, dialogues.token_BT[: cfg.eval.samples].tolist()))
@@ -113,14 +117,13 @@ def main(run: app.Run):
     model = trained.load(cfg, start)
     in_rl = model.step > cfg.train.supervised_steps
     likelihood = model.state.reference if in_rl else model.state.params
-    heldout = Heldout(model.net, model.corpus.protocol, model.corpus.tokenizer, model.mesh, model.corpus.val)
-    figures = heldout.closed_loop(model.state.params) | heldout.outcomes(model.state.params)
+    known, figures = messages(model.corpus), {}
     for name in PARTNERS:
         kept = run.workdir / f"{name}.json"
         if not kept.exists():
             app.say(f"at the table with {name}")
             opposite = partner_of(name, cfg, model, likelihood)
-            found, samples, scores = play(cfg, model, opposite, likelihood if cfg.planner.user == "reference" else None)
+            found, samples, scores = play(cfg, model, opposite, known)
             metrics.write_atomic(run.workdir / f"{name}.txt", samples + "\n")
             metrics.write_atomic(kept, json.dumps({"figures": found, "score_a": scores}) + "\n")
         found = json.loads(kept.read_text(encoding="utf-8"))["figures"]
@@ -129,6 +132,8 @@ def main(run: app.Run):
                 f"{found['pareto']:.1f} % of the deals Pareto efficient")  # fmt: skip
         if run.stop_requested():
             return
+    heldout = Heldout(model.net, model.corpus.protocol, model.corpus.tokenizer, model.mesh, model.corpus.val)
+    figures |= heldout.closed_loop(model.state.params) | heldout.outcomes(model.state.params)
     metrics.results(run.workdir, figures)
 
 

@@ -159,9 +159,7 @@ def check(variant: str) -> None:
 
 def make_flags() -> flags.FlagValues:
     """The flags of this program."""
-    own = sweeps.make_flags()
-    own["variant"].value = "paper"
-    own["variant"].using_default_value = True
+    own = sweeps.make_flags(variant="paper")
     flags.DEFINE_string("rows", "all", "all, or names of rows", flag_values=own)
     flags.DEFINE_integer("seeds", 5, "seeds 0, 1, ...: how many", lower_bound=1, flag_values=own)
     flags.DEFINE_string("data_dir", None, "where train.txt and val.txt (test.txt) are", flag_values=own)

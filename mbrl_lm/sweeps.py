@@ -37,11 +37,11 @@ def run(stages: Stages, workdir: pathlib.Path, jobs: int) -> int:
     return process.wait()
 
 
-def make_flags() -> flags.FlagValues:
-    """Flags that these programs have in common; those of one run are not meant here."""
+def make_flags(variant: str = "default") -> flags.FlagValues:
+    """Flags that these programs have in common, with the variant they take; those of one run are not meant here."""
     own = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "where the runs and the table are put", flag_values=own)
-    flags.DEFINE_string("variant", "default", "the preset of every run", flag_values=own)
+    flags.DEFINE_string("variant", variant, "the preset of every run", flag_values=own)
     flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1, flag_values=own)
     flags.DEFINE_bool("list", False, "write the command lines instead of running them", flag_values=own)
     flags.DEFINE_bool("table_only", False, "write the table of the runs that are there", flag_values=own)

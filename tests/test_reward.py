@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tiny import dialogue
 
+from mbrl_lm import config, reward, value
 from mbrl_lm import protocol as pr
-from mbrl_lm import reward, value
 from mbrl_lm.turns import find_turns
 from mbrl_lm.types import Heads
 
@@ -67,6 +67,7 @@ def test_learned_reads_the_reward_head_where_the_user_has_replied():
 
 def test_registry():
     assert reward.REWARDS == {"learned": reward.learned, "split": reward.split, "sure_split": reward.sure_split}
+    assert set(config.REWARDS) == {"", *reward.REWARDS}, "what a config may name"
 
 
 def test_a_split_that_is_not_sure_is_worth_its_probability():

@@ -113,7 +113,7 @@ def reply(style: Style, count: Sequence[int], value: Sequence[int], said: Sequen
       luck: any number; it chooses the wording.
     """
     now, turns = standing(said, count), sum(turn.own for turn in said)
-    if now.agreed or (said and turns and _last_own(said) == REFUSAL):
+    if now.agreed or (turns and _last_own(said) == REFUSAL):
         return None
     wanted = demand(style, turns)
     if now.share is not None and not now.own and worth(now.share, value) >= wanted:
