@@ -38,7 +38,8 @@ CLAIMS = (
     Claim("Guards halve the gap", "8_all", "gap/total", "ratio_below", "8_none", 0.5),
     Claim("Guards cost no success", "8_all", "true/success", "no_loss", "8_none"),
 )
-GUARDS = {"penalty": 1.0, "truncation": 1.0, "discriminator": 0.1, "anchors": True}  # where the preset has them off
+# Where the preset has them off. Doubt about imagined replies is .1 to .3 deviations on average, when RL begins.
+GUARDS = {"penalty": 0.1, "truncation": 3.0, "discriminator": 0.1, "anchors": True}
 USER_HEADS = 5  # the same
 GUARD_ROWS = "8 guards"
 OFF = {"guard.penalty": 0.0, "guard.truncation": 0.0, "guard.discriminator": 0.0, "guard.anchors": False}

@@ -64,19 +64,15 @@ def dream_of_both(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state:
     """
     user = learner.imagined_user(cfg.imagine, state, jax.random.fold_in(key, 2))
     speakers = state.params, state.params if user is None else user
-    views = [rollout.View(net, params, copied_prompt(side, cfg)) for params, side in zip(speakers, sides, strict=True)]
+    views = [rollout.View(net, params, side) for params, side in zip(speakers, sides, strict=True)]
     temperature_R = negotiation.temperatures(cfg.imagine.temperature)
-    ours, theirs = rollout.converse(protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R)
+    ours, theirs = rollout.converse(
+        protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R, copies=cfg.imagine.candidates
+    )
     result = negotiation.result(ours, theirs)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
     earned = negotiation.earned(ours, result.score_a + cfg.imagine.generosity * result.score_b)
     return earned.replace(ended_B=ended_B, cut_B=~ended_B)
-
-
-def copied_prompt(prompt: Dialogue, cfg: config.Config) -> Dialogue:
-    """`imagine.candidates` of each prompt, next to each other, each with a name of its own."""
-    prompt = rollout.copied(prompt, cfg.imagine.candidates)
-    return prompt.replace(uid_B=jax.numpy.arange(prompt.uid_B.shape[0], dtype=jax.numpy.uint32))
 
 
 def main(run: app.Run):

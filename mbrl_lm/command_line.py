@@ -31,8 +31,8 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 # What a resumed run may change: how often it reports, and what it runs on. All else changes what it computes.
 MAY_CHANGE = (
-    "checkpoint_every", "checkpoints", "cpu_devices", "eval.every", "eval.samples", "log_every", "mesh.data", "mesh.fsdp",
-    "mesh.tensor", "model.remat", "train.micro_batch",
+    "checkpoint_every", "checkpoints", "cpu_devices", "eval.every", "eval.rl_every", "eval.samples", "log_every",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "train.micro_batch",
 )  # fmt: skip
 
 

@@ -184,6 +184,7 @@ class Partner:
 @dataclasses.dataclass
 class Eval:
     every: int = 100  # updates
+    rl_every: int = 0  # the same while learning by return; 0 = as many
     dialogues: int = 128  # with the true user or the partner, while training
     final_dialogues: int = 512
     user_dialogues: int = 256  # on which the learned user is compared with the exact one

@@ -100,8 +100,9 @@ class Loop:
     @property
     def evaluates(self) -> bool:
         """Whether an evaluation is due after the step that was just learnt; the last one is not the loop's."""
-        switch = self._cfg.train.supervised_steps
-        return self._done < self._total and (self._done % self._cfg.eval.every == 0 or self._done == switch)
+        switch, intervals = self._cfg.train.supervised_steps, self._cfg.eval
+        every = intervals.rl_every or intervals.every if self._done > switch else intervals.every
+        return self._done < self._total and (self._done % every == 0 or self._done == switch)
 
     @property
     def wall_s(self) -> float:

@@ -29,7 +29,9 @@ from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
 ROWS_AT_ONCE = 64  # that are read in one forward pass
-WIDTHS = (0.5, 1.0)  # parts of a dialogue; what is short is computed on the first of them that holds it
+WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is written on the first of them that holds it
+READ_WIDTHS = (0.25, 0.375, 0.5, 0.75, 1.0)  # the same for reading, which is compiled sooner
+HALVINGS = 4  # so many times futures that have ended are let go
 REPEATED = -1e9  # the logit of a candidate whose text stands before it
 
 
@@ -108,7 +110,9 @@ class Lookahead:
 
     def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol):
         self.cfg, self.plan, self.net, self.protocol = cfg, affordable(cfg), net, protocol
-        self.widths = sorted({round(cfg.tokens * part) for part in WIDTHS})  # of caches
+        self.widths, self.read_widths = (
+            sorted({round(cfg.tokens * part) for part in parts}) for parts in (WIDTHS, READ_WIDTHS)
+        )
         self._centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
     def write(
@@ -140,6 +144,7 @@ class Lookahead:
                 temperature=temperature,
                 user=user,
                 copies=copies,
+                halvings=HALVINGS if turns > 1 else 0,  # single turns are of like length
             )
             return self._widened(written)
 
@@ -170,7 +175,7 @@ class Lookahead:
         learnt of it. Futures are read a part at a time, however many there are.
         """
         parts = from_B.shape[0] // math.gcd(from_B.shape[0], ROWS_AT_ONCE)
-        return mapped(functools.partial(self._look, params), self.widths, (dialogue, from_B), parts)
+        return mapped(functools.partial(self._look, params), self.read_widths, (dialogue, from_B), parts)
 
     def _look(self, params: Params, rows: tuple[Dialogue, Array]) -> Outlook:
         (dialogue, from_B), cfg = rows, self.cfg

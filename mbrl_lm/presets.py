@@ -23,6 +23,7 @@ TINY = {
     "collect.capacity": 16,
     "partner.steps": 4,
     "eval.every": 5,
+    "eval.rl_every": 0,
     "eval.dialogues": 8,
     "eval.final_dialogues": 16,
     "eval.user_dialogues": 16,
@@ -108,6 +109,7 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core,
     "collect.every": 5,
     "collect.batch": 10,
     "eval.every": 750,
+    "eval.rl_every": 50,
     "eval.dialogues": 256,
     "checkpoint_every": 750,
 }
@@ -118,6 +120,7 @@ SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their s
     "collect.every": 4,
     "collect.batch": 20,
     "eval.every": 1000,
+    "eval.rl_every": 1000,
     "eval.final_dialogues": 256,
 }
 LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for them

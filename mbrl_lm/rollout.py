@@ -47,6 +47,17 @@ class Stream:
     place_B: Array  # i32, tokens already written in this turn
 
 
+@flax.struct.dataclass
+class Rows:
+    """What the loop keeps of some rows, in all views."""
+
+    streams: list[Stream]
+    key_B: Array  # of their random numbers
+    length_B: Array  # i32, of their prompts
+    taken_B: Array  # i32, turns written
+    done_B: Array  # bool, nothing more is written
+
+
 def prompt_lengths(prompt: Dialogue) -> Array:
     """(B,) i32: tokens before the padding."""
     return jnp.sum(prompt.author_BT != pr.END, axis=1, dtype=jnp.int32)
@@ -173,22 +184,17 @@ def _converse(
     temperature: Array | float,
     mirrored: bool = False,
     copies: int = 1,
+    halvings: int = 0,
 ) -> list[Dialogue]:
     """The token loop over one view, or over two: of the same tokens, or mirrored."""
     switch_RV = jnp.asarray(protocol.switch_RV).astype(jnp.int32)
-    streams = [_start(protocol, view, tokens, copies) for view in views]
-    prompts = [copied(view.prompt, copies).replace(uid_B=copy_uids(view.prompt.uid_B, copies)) for view in views]
-    first = prompts[0]
-    length_B = prompt_lengths(first)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first.uid_B)
-    done_B = (streams[0].role_B == pr.END) | first.ended_B
 
-    def write(view, stream, t, stream_key):
+    def write(view, stream, t, key_B, stream_key):
         """Samples the token at position t in one view; returns it with its log-probability."""
         token_B = jax.lax.dynamic_index_in_dim(stream.token_BT, t - 1, axis=1, keepdims=False)
         heads, cache = view.net.decode_step(view.params, token_B, t - 1, stream.cache, stream.role_B)
         logits_BV = policy_logits(protocol, heads.logits_BTV, stream.role_B, stream.place_B, temperature)
-        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, t), stream_key))(row_keys)
+        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, t), stream_key))(key_B)
         token_B = jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
         logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
         return stream.replace(cache=cache), (token_B, logp_B)
@@ -211,26 +217,50 @@ def _converse(
         )
 
     def step(carry):
-        t, streams, taken_B, done_B = carry
-        live_B = (t >= length_B) & ~done_B
-        streams, wrote = zip(*(write(v, s, t, i) for i, (v, s) in enumerate(zip(views, streams, strict=True))), strict=True)
+        t, rows = carry
+        live_B = (t >= rows.length_B) & ~rows.done_B
+        written = (write(v, s, t, rows.key_B, i) for i, (v, s) in enumerate(zip(views, rows.streams, strict=True)))
+        streams, wrote = zip(*written, strict=True)
         if len(views) == 2:
             wrote = _mirrored(protocol, streams, wrote) if mirrored else _shared(streams, wrote)
         after = [read(s, t, *w, live_B) for s, w in zip(streams, wrote, strict=True)]
         speakers = (pr.ASSISTANT, pr.USER)
         old_B, new_B = streams[0].role_B, after[0].role_B
         handed_B = live_B & (old_B != new_B) & jnp.isin(new_B, jnp.array(speakers))
-        taken_B = taken_B + handed_B
+        taken_B = rows.taken_B + handed_B
         over_B = jnp.all(jnp.stack([s.role_B == pr.END for s in after]), axis=0)
-        return t + 1, after, taken_B, done_B | over_B | (taken_B >= turns)
+        done_B = rows.done_B | over_B | (taken_B >= turns)
+        return t + 1, rows.replace(streams=after, taken_B=taken_B, done_B=done_B)
 
-    def goes_on(carry):
-        t, _, _, done_B = carry
-        return (t < tokens) & ~jnp.all(done_B)
+    def finish(t, rows: Rows, halvings: int) -> Rows:
+        """Writes until all rows are done; their caches are let go."""
+        count = rows.done_B.shape[0]
+        fewer = count // 2 if halvings else 0
 
-    t = jnp.min(jnp.where(done_B, tokens, length_B))
-    _, streams, _, _ = jax.lax.while_loop(goes_on, step, (t, streams, jnp.zeros_like(length_B), done_B))
-    return [_as_dialogue(protocol, prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)]
+        def goes_on(carry):
+            t, rows = carry
+            return (t < tokens) & (jnp.sum(~rows.done_B) > fewer)
+
+        t, rows = jax.lax.while_loop(goes_on, step, (t, rows))
+        if fewer:
+            row_R = jnp.argsort(rows.done_B)[:fewer]  # those that are not done, and some that are
+            rest = finish(t, picked(rows, row_R), halvings - 1)
+            return jax.tree.map(lambda x, y: x.at[row_R].set(y), _without_cache(rows), rest)
+        return _without_cache(rows)
+
+    prompts = [copied(view.prompt, copies).replace(uid_B=copy_uids(view.prompt.uid_B, copies)) for view in views]
+    streams = [_start(protocol, view, tokens, copies) for view in views]
+    first = prompts[0]
+    length_B = prompt_lengths(first)
+    done_B = (streams[0].role_B == pr.END) | first.ended_B
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first.uid_B)
+    rows = Rows(streams, row_keys, length_B, jnp.zeros_like(length_B), done_B)
+    rows = finish(jnp.min(jnp.where(done_B, tokens, length_B)), rows, halvings)
+    return [_as_dialogue(protocol, prompt, stream) for prompt, stream in zip(prompts, rows.streams, strict=True)]
+
+
+def _without_cache(rows: Rows) -> Rows:
+    return rows.replace(streams=[stream.replace(cache=None) for stream in rows.streams])
 
 
 def _as_dialogue(protocol: pr.Protocol, prompt: Dialogue, stream: Stream) -> Dialogue:
@@ -260,6 +290,7 @@ def imagine(
     temperature: Array | float = 1.0,
     user: Params | None = None,
     copies: int = 1,
+    halvings: int = 0,
 ) -> Dialogue:
     """Continues each dialogue with one network on both sides.
 
@@ -275,9 +306,12 @@ def imagine(
       user: other parameters of the same network, which speak for the user and read the outcome.
       copies: how often each prompt is continued; it is read once. Copies stand next to each other, and the first one is what
         would be written alone.
+      halvings: so many times the loop goes on with half of the rows once the others have ended; each is compiled apart.
     """
     views = [View(net, params, prompt)] + ([] if user is None else [View(net, user, prompt)])
-    return _converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, copies=copies)[0]
+    return _converse(
+        protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, copies=copies, halvings=halvings
+    )[0]
 
 
 def converse(
@@ -289,6 +323,7 @@ def converse(
     tokens: int,
     turns: int = np.iinfo(np.int32).max,
     temperature: Array | float = 1.0,
+    copies: int = 1,
 ) -> tuple[Dialogue, Dialogue]:
     """Lets two parties with private contexts talk; each is the assistant of its own view, and writes its own outcome.
 
@@ -296,4 +331,8 @@ def converse(
     tokens of both parties. Arguments as in `imagine`; the random numbers follow the uid of `ours`.
     """
     views = [ours, theirs]
-    return tuple(_converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, mirrored=True))
+    return tuple(
+        _converse(
+            protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, mirrored=True, copies=copies
+        )
+    )

@@ -30,7 +30,7 @@ SMALL = {  # smaller than `tiny`: three updates by likelihood, then five by retu
     "checkpoint_every": 4,
     "log_every": 1,
 }
-CONCIERGE = SMALL | {"logs": 48, "val_logs": 8, "collect.batch": 4, "collect.capacity": 6}
+CONCIERGE = SMALL | {"eval.rl_every": 2, "logs": 48, "val_logs": 8, "collect.batch": 4, "collect.capacity": 6}
 NEGOTIATION = SMALL | {
     "data": "deal_or_no_deal",
     "train.supervised_steps": 2,
@@ -100,8 +100,8 @@ def test_a_run_leaves_its_results_behind(whole):
     assert json.loads((workdir / "config.json").read_text())["collect.capacity"] == 6
     assert "embed_VD" in (workdir / "params.txt").read_text() and (workdir / "commit.txt").exists()
     samples = (workdir / "samples.txt").read_text()
-    assert [line for line in samples.splitlines() if line.startswith("===")] == [f"=== step {n}" for n in (3, 6, 8)]
-    assert samples.count("<bos>") == 3 * 2
+    assert [line for line in samples.splitlines() if line.startswith("===")] == [f"=== step {n}" for n in (3, 4, 6, 8)]
+    assert samples.count("<bos>") == 4 * 2
     (events,) = (workdir / "tensorboard").iterdir()
     assert events.stat().st_size > 1000
     assert saved_steps(workdir / "checkpoints") == [4, 8]

@@ -111,6 +111,25 @@ def test_a_row_alone_is_the_row_in_a_batch(imagined):
     assert (other.token_BT != out.token_BT).any() and (later.token_BT != out.token_BT).any()
 
 
+@pytest.mark.parametrize("turns", [2, 99])
+def test_letting_ended_rows_go_changes_nothing_that_is_written(imagined, turns):
+    w, prompt, _, _ = imagined
+    asked_of = []
+
+    def step(params, token_B, *rest):
+        asked_of.append(len(token_B))
+        return w.net.step(params, token_B, *rest)
+
+    net = w.net._replace(step=step)
+    write = functools.partial(rollout.imagine, tokens=T, turns=turns, temperature=TEMPERATURE)
+    plain = write(w.net, w.protocol, w.params, prompt, jax.random.key(0))
+    fewer = write(net, w.protocol, w.params, prompt, jax.random.key(0), halvings=2)
+    assert sorted(set(asked_of)) == [B // 4, B // 2, B]
+    assert largest_difference(plain.logp_BT, fewer.logp_BT) < 1e-5
+    for name in ("token_BT", "author_BT", "turn_BT", "sampled_BT", "ended_B", "cut_B", "uid_B"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(fewer, name), err_msg=name)
+
+
 def test_a_prompt_may_be_as_wide_as_the_result(imagined):
     w, prompt, _, out = imagined
     write = writer("chat" if w is writer("chat")[0] else "negotiation")[1]

@@ -53,6 +53,14 @@ def talked():
     return jax.device_get(talkers(False)(OURS.params, THEIRS.params, *prompts(), TEMPERATURE))
 
 
+def test_copies_of_a_table_talk_apart_and_the_first_as_if_alone():
+    views = [View(side.net, side.params, x) for side, x in zip((OURS, THEIRS), prompts(), strict=True)]
+    talk = functools.partial(rollout.converse, OURS.protocol, *views, jax.random.key(0), tokens=T, temperature=TEMPERATURE)
+    for alone, copies in zip(talked(), talk(copies=2), strict=True):
+        np.testing.assert_array_equal(copies.token_BT[::2], alone.token_BT)
+        assert (copies.token_BT[1::2] != alone.token_BT).any(axis=1).mean() > 0.5
+
+
 def spoken(d):
     return (d.author_BT == pr.ASSISTANT) | (d.author_BT == pr.USER)
 

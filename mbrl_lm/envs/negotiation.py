@@ -275,8 +275,8 @@ class Table:
             if not len(live):
                 break
             size = self.rows
-            while size // 2 >= max(len(live), FEWEST_ROWS):
-                size //= 2
+            while size // 4 >= max(len(live), FEWEST_ROWS):  # each size is compiled apart
+                size //= 4
             ours, theirs = (take(side, np.resize(live, size)) for side in sides)
             own_key, partner_key = (jax.random.fold_in(jax.random.fold_in(key, turn), side) for side in range(2))
             spoken, theirs, planned_B, floor_B = self._speak(
