@@ -32,6 +32,7 @@ from mbrl_lm.heldout import Heldout
 from mbrl_lm.types import Dialogue, Params
 
 PARTNERS = ("p1", "p2", *haggler.STYLES, "self")
+ROWS, PLANNED_ROWS = 64, 32  # dialogues at a time; a planned one has as many rows as futures are imagined of its candidates
 
 
 def as_trained(cfg: Config) -> Config:
@@ -97,7 +98,7 @@ def play(cfg: Config, model: trained.Trained, opposite: Opposite, known: set[str
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
         cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
-        imagined_user=model.imagined_user(cfg), listener=opposite.listener,
+        rows=ROWS if cfg.plan == "none" else PLANNED_ROWS, imagined_user=model.imagined_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(
         model.state.params, opposite.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature
