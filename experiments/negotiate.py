@@ -165,7 +165,7 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("data_dir", None, "where train.txt and val.txt (test.txt) are", flag_values=own)
     flags.DEFINE_string("split", "val", "whose contexts are negotiated over: val or test", flag_values=own)
     flags.DEFINE_integer("dialogues", 400, "with each partner", lower_bound=2, flag_values=own)
-    flags.DEFINE_integer("planned_dialogues", 96, "the same where every turn is planned", lower_bound=2, flag_values=own)
+    flags.DEFINE_integer("planned_dialogues", 64, "the same where every turn is planned", lower_bound=2, flag_values=own)
     return own
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
-THRESHOLD = 0.5  # of true/success, in "real dialogues to a threshold"
+THRESHOLD = 0.6  # of true/success, in "real dialogues to a threshold"
 TO_THRESHOLD = "dialogues_to_threshold"
 BEFORE_RL = "gap/total@0"
 FINAL = (  # as they stand in the last evaluation
