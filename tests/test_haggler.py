@@ -55,6 +55,8 @@ def test_the_hard_one_demands_less_and_less_and_no_less_than_its_least():
     said += [me(haggler.REFUSAL), you("please")]
     assert haggler.reply(HARD, COUNT, VALUE, said, 0) is None
     assert haggler.settled(HARD, COUNT, VALUE, said, own_call=True) is None
+    refused = [me("i want the book and 3 hats"), you("no"), me(haggler.REFUSAL), you("please")]
+    assert haggler.settled(HARD, COUNT, VALUE, refused, own_call=True) is None, "its own offer was turned down"
 
 
 def test_it_agrees_to_what_is_worth_its_demand_and_then_calls_for_the_outcome():

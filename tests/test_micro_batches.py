@@ -40,7 +40,7 @@ def test_no_more_tokens_are_computed_on_than_there_are(text, width):
 
 
 def test_rows_keep_their_order_whatever_part_they_were_in():
-    texts = ["bos >a stop", LONG, "bos a >a b stop", LONG]
+    texts = [LONG, "bos >a stop", LONG, "bos a >a b stop"]
     d = dialogue(CHAT, texts, T=16, U=3)
     name_B = jnp.array([7, 5, 3, 1])
 
