@@ -76,8 +76,7 @@ def log_probabilities(
             logits_RV = policy_logits(protocol, heads.logits_BTV, role_R, jnp.full(token_R.shape[0], place), 1.0)
             return cache, jax.nn.log_softmax(logits_RV)
 
-        token_1T = jnp.where(jnp.arange(width) < start, token_T, pr.PAD)[None]
-        cache = net.prefill(params, token_1T, net.init_cache(1, width))
+        cache = net.prefill(params, token_T[None], net.init_cache(1, width))  # from `start` on it is written over
         cache, begins_1V = after(cache, token_T[None, start - 1], 0)
         # The first share and, in the last row, no deal; then the first two shares. After three only the end may follow.
         first_R = jnp.append(pr.NUMBER + jnp.arange(firsts), pr.NO_DEAL)

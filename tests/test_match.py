@@ -1,6 +1,7 @@
 """The table of negotiations: command lines, matches, the CSV and the page; a tiny negotiator with every partner."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from test_dream import NEGOTIATION, finish, lines, one_line, results, run, start
 
 from experiments import match, negotiate
 from mbrl_lm import negotiation_table as table
-from mbrl_lm.config import ConfigError
+from mbrl_lm.config import Config, ConfigError, override
 
 # ---- the plan ----
 
@@ -121,6 +122,22 @@ def test_a_table_is_extended_by_a_csv(matches, tmp_path_factory):
 
 
 # ---- a negotiator ----
+
+
+@pytest.mark.parametrize("plan, rows", [("none", match.ROWS), ("rollouts", match.PLANNED_ROWS)])
+def test_whoever_reads_for_the_partner_sits_at_the_table(plan, rows, monkeypatch):
+    class Seated(Exception):
+        pass
+
+    def table(*_, listener, rows, **__):
+        raise Seated(listener, rows)
+
+    monkeypatch.setattr(match.negotiation, "Table", table)
+    corpus = types.SimpleNamespace(val_records=[], protocol=None)
+    model = types.SimpleNamespace(corpus=corpus, net=None, mesh=None, imagined_user=lambda cfg: None)
+    with pytest.raises(Seated) as told:
+        match.play(override(Config(), {"plan": plan}), model, match.Opposite(None, None, "a reader"), set())
+    assert told.value.args == ("a reader", rows)
 
 
 def test_a_negotiator_is_trained_with_both_sides_and_sits_at_every_table(tmp_path):
