@@ -98,7 +98,8 @@ def play(cfg: Config, model: trained.Trained, opposite: Opposite, known: set[str
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
         cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
-        rows=ROWS if cfg.plan == "none" else PLANNED_ROWS, imagined_user=model.imagined_user(cfg), listener=opposite.listener,
+        rows=ROWS if cfg.plan == "none" else PLANNED_ROWS,
+        imagined_user=model.imagined_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(
         model.state.params, opposite.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature
