@@ -68,6 +68,11 @@ def check(cfg: Config) -> None:
         ),
         (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: change imagine.user"),
         (
+            imagine.user == "oracle" and (imagine.candidates > 1 or not imagine.replies or not imagine.batch),
+            "imagine.user=oracle talks to users of its own, once and to the end: set imagine.candidates=1, "
+            "imagine.replies and imagine.batch above 0",
+        ),
+        (
             len(imagine.share) != 2 or not all(0 <= x <= 1 for x in imagine.share),
             "imagine.share is FIRST,LAST, each between 0 and 1",
         ),
