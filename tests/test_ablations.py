@@ -359,7 +359,7 @@ def test_the_table_and_its_csv_say_the_same(finished, plan, capsys):
     assert full["seeds"] == "2" and full["success"].startswith(".500 [-.771, 1.771]")  # t of 1 degree is 12.706; .1 x it
     assert (full["return"], full["user NLL - floor"], full["gap at step 0"]) == ("1.000 [-1.541, 3.541]", ".250", ".500")
     assert (full["generated tokens"], full["minutes"], full["left"]) == ("1,234,567", "2.0", ".125")
-    assert full["to .500"] == "-" and full["injected"] == "-" and full["real dialogues"] == "140"
+    assert full["to .600"] == "-" and full["injected"] == "-" and full["real dialogues"] == "140"
     alone = cells(page, "1b_model_free")
     assert alone["success"] == ".300 [.200, .400]" and alone["gap"] == ".250" and alone["user NLL - floor"] == "-"
     assert cells(page, "11_multi_step (= full)")["seeds"] == "2"
