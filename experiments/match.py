@@ -127,7 +127,7 @@ def main(run: app.Run):
             opposite = partner_of(name, cfg, model, likelihood)
             found, samples, scores = play(cfg, model, opposite, known)
             metrics.write_atomic(run.workdir / f"{name}.txt", samples + "\n")
-            metrics.write_atomic(kept, json.dumps({"figures": found, "score_a": scores}) + "\n")
+            metrics.write_atomic(kept, json.dumps({"commit": app.commit(), "figures": found, "score_a": scores}) + "\n")
         found = json.loads(kept.read_text(encoding="utf-8"))["figures"]
         figures |= {f"{name}/{figure}": x for figure, x in found.items()}
         app.say(f"{name:<10} {found['score_a']:.2f} v {found['score_b']:.2f} points, {found['agreed']:.1f} % agreed, "

@@ -214,8 +214,8 @@ def _write_config(run: Run) -> None:
         write_atomic(path, text + "\n")
         commits = run.workdir / "commit.txt"
         known = commits.read_text(encoding="utf-8").split("\n")[:-1] if commits.exists() else []
-        if _commit() not in known[-1:]:
-            write_atomic(commits, "\n".join([*known, _commit(), ""]))
+        if commit() not in known[-1:]:
+            write_atomic(commits, "\n".join([*known, commit(), ""]))
 
 
 def _remove_derived(workdir: pathlib.Path) -> None:
@@ -225,7 +225,7 @@ def _remove_derived(workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the code, "+ changes" if the tree is not clean; "unknown" without git."""
 
     def git(*command: str) -> str:

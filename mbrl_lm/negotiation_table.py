@@ -64,8 +64,6 @@ def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequenc
         for path in sorted((workdir / "match" / line.name).glob("seed_*")):
             seed, done = int(path.name.removeprefix("seed_")), _read(path / "results.json")
             trained = _read(workdir / line.trained / path.name / "results.json")
-            commits = path / "commit.txt"
-            commit = commits.read_text(encoding="utf-8").splitlines()[-1] if commits.exists() else ""
             for partner in partners:
                 match = _read(path / f"{partner}.json")
                 if not match:
@@ -77,7 +75,8 @@ def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequenc
                 plain = _read(workdir / "match" / line.plain / path.name / f"{partner}.json") if line.plain else {}
                 if plain:
                     record |= gain(match["score_a"], plain["score_a"])
-                records[line.name, partner, seed] = record | {"commit": commit[:7] + commit[40:]}
+                commit = match["commit"]
+                records[line.name, partner, seed] = record | {"commit": commit[:7] + commit[40:]}  # "+ changes" stays
     return records
 
 

@@ -70,9 +70,9 @@ def put(workdir, row, seed, scores, partner="p1", **figures):
     directory = workdir / "match" / row / f"seed_{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     base = {"score_a": float(np.mean(scores)), "score_b": 5.0, "agreed": 90.0, "pareto": 60.0, "score_a_se": 0.25}
-    (directory / f"{partner}.json").write_text(json.dumps({"figures": base | figures, "score_a": scores}))
+    kept = {"commit": "abcdefg" + "h" * 33, "figures": base | figures, "score_a": scores}
+    (directory / f"{partner}.json").write_text(json.dumps(kept))
     (directory / "results.json").write_text(json.dumps({"word_ppl/val": 5.0, "split_accuracy/val/whole": 0.9}))
-    (directory / "commit.txt").write_text("abcdefg" + "h" * 33 + "\n")
 
 
 @pytest.fixture
@@ -167,7 +167,8 @@ def test_a_negotiator_is_trained_with_both_sides_and_sits_at_every_table(tmp_pat
     assert figures["self/score_b"] == 2 and "at the table with self" not in out  # it was there
     for partner in match.PARTNERS[:-1]:
         assert 0 <= figures[f"{partner}/agreed"] <= 100 and figures[f"{partner}/plan/tokens_a_turn"] > 1
-        assert len(json.loads((tmp_path / "m" / f"{partner}.json").read_text())["score_a"]) == 4
+        kept = json.loads((tmp_path / "m" / f"{partner}.json").read_text())
+        assert len(kept["score_a"]) == 4 and kept["commit"] in (tmp_path / "m" / "commit.txt").read_text()
     assert (tmp_path / "likelihood" / "partner").exists() and figures["word_ppl/val"] > 1
     code, _, err = finish(start(tmp_path / "n", flags | {"eval.split": "test"}, "match"))
     assert code == 2 and "has no test split, only train, val" in one_line(err)
