@@ -31,6 +31,7 @@ from mbrl_lm.types import Array, Dialogue, Heads, Params
 ROWS_AT_ONCE = 64  # that are read in one forward pass
 WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is written on the first of them that holds it
 READ_WIDTHS = (0.25, 0.375, 0.5, 0.75, 1.0)  # the same for reading, which is compiled sooner
+NARROWEST = 16  # tokens of any width: rewards read numbers at fixed places of the context
 HALVINGS = 4  # so many times futures that have ended are let go
 REPEATED = -1e9  # the logit of a candidate whose text stands before it
 
@@ -111,7 +112,8 @@ class Lookahead:
     def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol):
         self.cfg, self.plan, self.net, self.protocol = cfg, affordable(cfg), net, protocol
         self.widths, self.read_widths = (
-            sorted({round(cfg.tokens * part) for part in parts}) for parts in (WIDTHS, READ_WIDTHS)
+            sorted({min(max(round(cfg.tokens * part), NARROWEST), cfg.tokens) for part in parts})
+            for parts in (WIDTHS, READ_WIDTHS)
         )
         self._centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
