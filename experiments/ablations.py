@@ -2,7 +2,7 @@
 
     python -m experiments.ablations --rows=all --seeds=5 --workdir=W
     python -m experiments.ablations --rows=main --workdir=W             one seed of three rows, and a small table of them
-    python -m experiments.ablations --rows=quick --workdir=W            one seed of the five rows that say most
+    python -m experiments.ablations --rows=quick --workdir=W            one seed of four rows: is it the model, or imagining?
     python -m experiments.ablations --rows=6,7,3_placebo --workdir=W    by number or name
     python -m experiments.ablations --rows=all --workdir=W --list       the command lines alone, for other machines
     python -m experiments.ablations --workdir=W --table_only            the table again, from the runs' metrics.jsonl
@@ -29,7 +29,7 @@ from mbrl_lm.config import Config, ConfigError
 
 DATA = "concierge"
 MAIN = ("full", "1b_model_free", "11_greedy")
-QUICK = ("full", "1b_model_free", "11_greedy", "8_none", "5_none")
+QUICK = ("full", "1b_model_free", "5_none", "8_none")
 CLAIMS = (
     Claim("The model helps", "full", "true/success", "difference", "1b_model_free", 0.15),
     Claim("Several turns beat the next one", "full", "true/success", "difference", "11_greedy", 0.2),
