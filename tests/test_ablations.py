@@ -419,8 +419,12 @@ def test_a_group_of_curves_holds_the_full_method_and_each_of_its_rows():
 
 
 def test_commands_are_listed_in_stages_and_none_is_run(tmp_path, capsys):
-    command = ["ablations", f"--workdir={tmp_path}/w", f"--variant={VARIANT}", "--rows=quick", "--list"]
-    assert ablations.main(command) == 0
+    command = ["ablations", f"--workdir={tmp_path}/w", f"--variant={VARIANT}", "--list"]
+    assert ablations.main([*command, "--rows=quick"]) == 0  # of one seed, as long as nothing else is asked for
+    starts, rows = capsys.readouterr().out.strip().split("\n\n")
+    assert len(starts.splitlines()) == 1 and len(rows.splitlines()) == 3
+    command += ["--rows=full,1b_model_free,11_greedy,8_none,5_oracle"]
+    assert ablations.main([*command, "--seeds=1"]) == 0
     starts, rows = capsys.readouterr().out.strip().split("\n\n")
     assert len(starts.splitlines()) == 2 and len(rows.splitlines()) == 4  # unguarded is the full method of this preset
     assert not (tmp_path / "w").exists()
