@@ -119,7 +119,7 @@ def main(run: app.Run):
     model = trained.load(cfg, start)
     in_rl = model.step > cfg.train.supervised_steps
     likelihood = model.state.reference if in_rl else model.state.params
-    known, figures = messages(model.corpus), {}
+    known, commit, figures = messages(model.corpus), app.commit(), {}
     for name in PARTNERS:
         kept = run.workdir / f"{name}.json"
         if not kept.exists():
@@ -127,7 +127,7 @@ def main(run: app.Run):
             opposite = partner_of(name, cfg, model, likelihood)
             found, samples, scores = play(cfg, model, opposite, known)
             metrics.write_atomic(run.workdir / f"{name}.txt", samples + "\n")
-            metrics.write_atomic(kept, json.dumps({"commit": app.commit(), "figures": found, "score_a": scores}) + "\n")
+            metrics.write_atomic(kept, json.dumps({"commit": commit, "figures": found, "score_a": scores}) + "\n")
         found = json.loads(kept.read_text(encoding="utf-8"))["figures"]
         figures |= {f"{name}/{figure}": x for figure, x in found.items()}
         app.say(f"{name:<10} {found['score_a']:.2f} v {found['score_b']:.2f} points, {found['agreed']:.1f} % agreed, "

@@ -82,7 +82,12 @@ def read_run(path: pathlib.Path, start: pathlib.Path | None = None) -> Record | 
     record["wall_s"] = (results or {}).get("wall_s")
     commits = path / "commit.txt"
     commit = (commits.read_text(encoding="utf-8").splitlines() or [""])[-1] if commits.exists() else ""
-    return record | {"commit": commit[:7] + commit[40:]}  # "+ changes" stays
+    return record | {"commit": short(commit)}
+
+
+def short(commit: str) -> str:
+    """A commit as tables name it: seven digits, and whether the tree had changes."""
+    return commit[:7] + commit[40:]
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

@@ -75,8 +75,7 @@ def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequenc
                 plain = _read(workdir / "match" / line.plain / path.name / f"{partner}.json") if line.plain else {}
                 if plain:
                     record |= gain(match["score_a"], plain["score_a"])
-                commit = match["commit"]
-                records[line.name, partner, seed] = record | {"commit": commit[:7] + commit[40:]}  # "+ changes" stays
+                records[line.name, partner, seed] = record | {"commit": ablation_runs.short(match["commit"])}
     return records
 
 

@@ -109,12 +109,8 @@ def test_a_deal_at_the_table():
     figures, dialogues = table.play(params, None, jax.random.key(0), 4, 0.5)
     assert figures["agreed"].all() and dialogues.ended_B.all() and figures["pareto"].all()
     assert figures["score_a"].tolist() == figures["score_b"].tolist() == [5] * 4
-    assert sorted(figures["turns"].tolist()) == [
-        4,
-        4,
-        5,
-        5,
-    ]  # offer, deal, offer, outcome; before it, where the script begins
+    # offer, deal, offer, outcome; before it, where the script begins
+    assert sorted(figures["turns"].tolist()) == [4, 4, 5, 5]
 
 
 def test_it_writes_only_where_it_has_the_floor_and_its_outcome_where_one_was_called_for():
