@@ -86,7 +86,7 @@ def write_deals(raw_dir: pathlib.Path, scenarios: int = 60, held_out: int = 10) 
             own, other = (" ".join(map(str, contexts[side])) for side in (me, them))
             lines.append(
                 f"<input> {own} </input> <dialogue> {dialogue} </dialogue> "
-                f"<output> {' '.join(items if agreed else ['<no_agreement>'] * 6)} </output> "
+                f"<output> {' '.join(items if agreed else ['<disagree>'] * 6)} </output> "
                 f"<partner_input> {other} </partner_input>\n"
             )
     raw_dir.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,9 @@ def loaded(name, raw_dir, tmp_path):
 
 
 def test_deal_or_no_deal(tmp_path):
-    others = [DEAL.replace(SHARES, " ".join([word] * 6)) for word in ("<no_agreement>", "<disagree>", "<disconnect>")]
-    splits = loaded("deal_or_no_deal", write_deals(tmp_path / "raw", DEAL, MIRRORED, *others), tmp_path)
-    deal, mirrored, *without = splits["train"]
+    broken_off = DEAL.replace(SHARES, " ".join(["<disconnect>"] * 6))
+    splits = loaded("deal_or_no_deal", write_deals(tmp_path / "raw", DEAL, MIRRORED, broken_off), tmp_path)
+    deal, mirrored, no_deal = splits["train"]
     assert deal == Record(
         turns=(Turn("user", "4 hats : ok ?"), Turn("assistant", "deal"), Turn("user", "")),
         numbers=(1, 4, 4, 1, 1, 2),
@@ -47,7 +47,7 @@ def test_deal_or_no_deal(tmp_path):
         scenario="1 0 4 2 1 2 / 1 4 4 1 1 2",
     )
     assert (mirrored.outcome, mirrored.reward, mirrored.scenario) == ((0, 4, 0), 8.0, deal.scenario)
-    assert [(record.outcome, record.reward) for record in without] == [((), 0.0), (None, 0.0), (None, 0.0)]
+    assert (no_deal.outcome, no_deal.reward) == ((), 0.0)
     assert splits["val"] == [deal] and set(splits) == {"train", "val"}
 
 

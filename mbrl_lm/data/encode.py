@@ -150,14 +150,11 @@ def _merge(turns: Sequence[Turn]) -> list[Turn]:
 
 def _ending(record: Record, role: str, protocol: Protocol) -> tuple[list[int], bool]:
     """The tokens that close a dialogue after the words of its last turn, and whether it then has truly ended."""
-    negotiated = protocol.switch_RV[ROLE[role], TO_OUTCOME] == OUTCOME
     if record.outcome is not None:
-        if not negotiated:
+        if protocol.switch_RV[ROLE[role], TO_OUTCOME] != OUTCOME:
             raise DataError("a dialogue has an outcome, but the protocol has none: use the kind 'negotiation'")
         shares = [NUMBER + n for n in record.outcome] or [NO_DEAL]
         return [TO_OUTCOME, *shares, STOP], True
-    if negotiated and record.ended == "end":  # the outcome was called for, and is not known
-        return [TO_OUTCOME], False
     stop = ENDING[record.ended]
     if stop is not None and protocol.allowed_RV[ROLE[role], stop]:
         return [stop], True

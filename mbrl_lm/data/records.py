@@ -48,8 +48,7 @@ class Record:
       context: text that the assistant knows beforehand.
       numbers: structured context, each 0..10.
       partner_numbers: the same of the other party of a negotiation; never shown to the assistant.
-      outcome: of a negotiation: () for no deal, else the own share of three kinds of item; None if there is none, or it is not
-        known.
+      outcome: of a negotiation: () for no deal, else the own share of three kinds of item; None if there is no outcome.
       ended: "end" (completed), "leave" (the user walked away) or "cut" (the recording stops before the end).
       reward: of the whole dialogue, in the data set's own units; it is added to the last assistant turn.
       scenario: records of one scenario never fall on both sides of a split; "" = a scenario of its own.

@@ -1,8 +1,7 @@
 """Deal or No Deal (Lewis et al. 2017): two people divide books, hats and balls, whose values are private.
 
 A line is one dialogue as one of the two saw it: YOU is the assistant, THEM the user. The reward is the own value of the
-agreed split, 0..10, and 0 without a deal. Where the two wrote down different splits, or one of them was cut off, a split may
-well have been talked out: the reward is 0, and which outcome belongs to what was said is not known.
+agreed split, 0..10, and 0 without a deal.
 """
 
 import dataclasses
@@ -11,15 +10,12 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
 from mbrl_lm.data.builders import base
 from mbrl_lm.data.records import DataError, Record, Turn
 
 ROLE = {"YOU": "assistant", "THEM": "user"}
 SELECTION = "<selection>"  # what the speaker who calls for the outcome says
-NO_DEAL = "<no_agreement>"  # both say so
-UNKNOWN = ("<disagree>", "<disconnect>")
+NO_DEAL = ("<disagree>", "<no_agreement>", "<disconnect>")
 ITEMS = 3
 NAMES = (("book", "hat", "ball"), ("books", "hats", "balls"))
 ALSO = {"basketball": "ball", "basketballs": "balls"}
@@ -38,8 +34,6 @@ Context = tuple[int, ...]  # count and own value of each kind of item: c0 v0 c1 
 
 class DealOrNoDeal(base.DialogueBuilder, skip_registration=True):
     """train.txt and val.txt, and test.txt if it is there."""
-
-    VERSION = tfds.core.Version("1.1.0")
 
     @classmethod
     def raw_files(cls, raw_dir):
@@ -117,7 +111,7 @@ def _record(line: str) -> Record:
         numbers=numbers,
         partner_numbers=partner_numbers,
         outcome=outcome,
-        reward=float(sum(share * value for share, value in zip(outcome or (), numbers[1::2], strict=False))),
+        reward=float(sum(share * value for share, value in zip(outcome, numbers[1::2], strict=False))),  # no deal: ()
         scenario=scenario_key(numbers, partner_numbers),
     )
 
@@ -146,13 +140,13 @@ def _turns(dialogue: str) -> tuple[Turn, ...]:
     return (*turns[:-1], Turn(turns[-1].role, ""))
 
 
-def _outcome(output: str, numbers: Context) -> tuple[int, ...] | None:
+def _outcome(output: str, numbers: Context) -> tuple[int, ...]:
     words = output.split()
-    if len(words) == 2 * ITEMS and words[0] in (NO_DEAL, *UNKNOWN) and len(set(words)) == 1:
-        return () if words[0] == NO_DEAL else None
+    if len(words) == 2 * ITEMS and words[0] in NO_DEAL and len(set(words)) == 1:
+        return ()
     shares = [_SHARE.fullmatch(word) for word in words]
     if not all(shares) or [int(share[1]) for share in shares] != [*range(ITEMS), *range(ITEMS)]:
-        raise DataError(f"the output {output!r} is neither two shares of three items nor six times one of {(NO_DEAL, *UNKNOWN)}")
+        raise DataError(f"the output {output!r} is neither two shares of three items nor six times one of {NO_DEAL}")
     share = [int(share[2]) for share in shares]
     if [a + b for a, b in zip(share[:ITEMS], share[ITEMS:], strict=True)] != list(numbers[::2]):
         raise DataError(f"the shares in {output!r} do not add up to the counts {numbers[::2]}")
