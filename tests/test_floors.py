@@ -27,6 +27,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "reward": 4,
     "guards": 4,
     "targets": 5,
+    "lookahead": 5,
     "planner": 5,
     "optimizer": 5,
     "learner": 5,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import TURN_TOKENS, VOCAB, config_of, dialogue, tokens, world
 
-from mbrl_lm import config, planner, rollout, value
+from mbrl_lm import config, lookahead, planner, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
 from mbrl_lm.types import Heads
@@ -310,7 +310,7 @@ def test_the_tree_sees_further_than_one_reply():
 
 def test_a_budget_buys_futures_or_simulations():
     def bought(plan, budget, **values):
-        return planner.affordable(settings(plan, budget=budget, **values))
+        return lookahead.affordable(settings(plan, budget=budget, **values))
 
     turn, many = TURN_TOKENS, {"candidates": 3, "futures": 9, "depth": 2, "simulations": 9}
     own, future = 3 * turn, 3 * 3 * turn  # a future of two replies is three turns, of each of three candidates
