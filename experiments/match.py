@@ -18,12 +18,11 @@ Each partner's figures are kept in M as soon as they are there; the same command
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mbrl_lm import app, command_line, judge, metrics, nn, trained
+from mbrl_lm import app, command_line, judge, metrics, trained
 from mbrl_lm.config import Config, ConfigError
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
@@ -32,7 +31,6 @@ from mbrl_lm.heldout import Heldout
 from mbrl_lm.types import Dialogue, Params
 
 PARTNERS = ("p1", "p2", *haggler.STYLES, "self")
-ROWS, PLANNED_ROWS = 64, 32  # dialogues at a time; a planned one has as many rows as futures are imagined of its candidates
 
 
 def as_trained(cfg: Config) -> Config:
@@ -50,15 +48,7 @@ def as_trained(cfg: Config) -> Config:
     return dataclasses.replace(theirs, start=theirs.start or cfg.start, **own)
 
 
-class Opposite(NamedTuple):
-    """Who sits opposite: a network or a script, its parameters, and who reads outcomes for it, if not itself."""
-
-    partner: nn.Net | haggler.Haggler
-    params: Params | None = None
-    listener: haggler.Listener | None = None
-
-
-def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Params) -> Opposite:
+def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Params) -> judge.Opposite:
     """Who sits opposite.
 
     Args:
@@ -69,12 +59,10 @@ def partner_of(name: str, cfg: Config, model: trained.Trained, likelihood: Param
     """
     corpus = model.corpus
     if name in haggler.STYLES:
-        return Opposite(haggler.Haggler(name, corpus.tokenizer, corpus.protocol))
+        return judge.Opposite(haggler.Haggler(name, corpus.tokenizer, corpus.protocol))
     if name != "p2":
-        return Opposite(model.net, model.state.params if name == "self" else likelihood)
-    net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
-    params = judge.fit_partner(cfg, net, corpus, model.mesh, judge.partner_directory(cfg, pathlib.Path(cfg.start)))
-    return Opposite(net, params, haggler.Listener(corpus.tokenizer, corpus.protocol))
+        return judge.Opposite(model.net, model.state.params if name == "self" else likelihood)
+    return judge.held_out_partner(cfg, corpus, model.mesh, pathlib.Path(cfg.start))
 
 
 def messages(corpus: Corpus) -> set[str]:
@@ -93,12 +81,11 @@ def said(dialogues: Dialogue, corpus: Corpus, known: set[str]) -> dict[str, floa
     }
 
 
-def play(cfg: Config, model: trained.Trained, opposite: Opposite, known: set[str]):
+def play(cfg: Config, model: trained.Trained, opposite: judge.Opposite, known: set[str]):
     """The figures of a policy with one partner, dialogues to read, and its points in each, in the scenarios' order."""
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
         cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
-        rows=ROWS if cfg.plan == "none" else PLANNED_ROWS,
         imagined_user=model.imagined_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(

@@ -27,6 +27,7 @@ from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
 from mbrl_lm.envs import negotiation
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interval
+from mbrl_lm.envs.haggler import Haggler, Listener
 from mbrl_lm.envs.negotiation import Table, plan_cost, summary
 from mbrl_lm.envs.true_user import TrueUser
 from mbrl_lm.optimizer import make_optimizer
@@ -174,6 +175,14 @@ def true_return(record: Record, split: str, noise: float = 0.0) -> float:
     return sum(bayes.read(record.context, record.spoken, record.ended, split, noise).reward.values())
 
 
+class Opposite(NamedTuple):
+    """Who sits opposite: a network or a script, its parameters, and who reads outcomes for it, if not itself."""
+
+    partner: nn.Net | Haggler
+    params: Params | None = None
+    listener: Listener | None = None
+
+
 class PartnerJudge:
     """A partner of another architecture and seed, trained on scenarios that are disjoint from the learner's.
 
@@ -184,10 +193,11 @@ class PartnerJudge:
 
     def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
         self._cfg = cfg
-        self._partner_net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
-        self._partner = fit_partner(cfg, self._partner_net, corpus, mesh, partner_directory(cfg, workdir))
-        scenarios = negotiation.scenarios(corpus.val_records)
-        self._table = Table(cfg, corpus.protocol, net, self._partner_net, mesh, scenarios, self.ROWS, imagined_user)
+        opposite = held_out_partner(cfg, corpus, mesh, workdir)
+        self._partner, scenarios = opposite.params, negotiation.scenarios(corpus.val_records)
+        self._table = Table(
+            cfg, corpus.protocol, net, opposite.partner, mesh, scenarios, self.ROWS, imagined_user, opposite.listener
+        )
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
 
     def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
@@ -199,6 +209,17 @@ class PartnerJudge:
         figures = {f"partner/{name}": x for name, x in summary(results).items()} | plan_cost(results)
         figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
         return Verdict(figures, real)
+
+
+def held_out_partner(cfg: config.Config, corpus: Corpus, mesh, workdir: pathlib.Path) -> Opposite:
+    """The partner of a run. Its scenarios are too few to learn to read outcomes from, which rules do for it.
+
+    Args:
+      cfg, corpus, mesh, workdir: of the run.
+    """
+    net = nn.make_net(cfg.partner.model, corpus.protocol.vocab_size)
+    params = fit_partner(cfg, net, corpus, mesh, partner_directory(cfg, workdir))
+    return Opposite(net, params, Listener(corpus.tokenizer, corpus.protocol))
 
 
 def partner_directory(cfg: config.Config, workdir: pathlib.Path) -> pathlib.Path:

@@ -332,7 +332,5 @@ def converse(
     """
     views = [ours, theirs]
     return tuple(
-        _converse(
-            protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, mirrored=True, copies=copies
-        )
+        _converse(protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, mirrored=True, copies=copies)
     )

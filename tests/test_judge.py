@@ -15,6 +15,7 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.data.records import Record, Turn
 from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, TRAIN_TYPES, vocabulary
+from mbrl_lm.envs.haggler import Listener
 from mbrl_lm.judge import ConciergeJudge, Imagination, PartnerJudge, gap, make_judge
 from mbrl_lm.nn import make_net
 from mbrl_lm.optimizer import make_optimizer
@@ -86,9 +87,20 @@ OURS = speaker(">a a, a >o, >u b, b >a")  # says a and calls for the outcome; th
 PARTNER = ">a b, b >u"  # which is what it does
 
 
-def partner_judge(monkeypatch, partner):
-    """A judge over one scenario, whose partner is given."""
+class Agreed(Listener):
+    """Reads half of everything out of whatever was said."""
+
+    def _said(self, dialogue, b):
+        return []
+
+    def share(self, count, value, said, own_call):
+        return tuple(n // 2 for n in count)
+
+
+def partner_judge(monkeypatch, partner, listener=None):
+    """A judge over one scenario, whose partner is given; it reads outcomes itself, if there is no listener."""
     monkeypatch.setattr(judge, "fit_partner", lambda *args, **kwargs: partner)
+    monkeypatch.setattr(judge, "Listener", lambda *args: listener)
     monkeypatch.setattr(judge.nn, "make_net", lambda *args: table_net())
     monkeypatch.setattr(PartnerJudge, "ROWS", 4)
     record = Record((Turn("user", "a"),), numbers=SCENARIO[0], partner_numbers=SCENARIO[1], outcome=())
@@ -110,6 +122,11 @@ def test_a_partner_who_writes_another_split_shows_in_the_reward_models_part(monk
     # In imagination as in the real dialogue, the reward is of our own share, whatever the partner writes.
     assert figures["imagined/return"] == figures["gap/reward_model"] == figures["gap/total"] == 7
     assert figures["gap/user_model"] == 0
+
+
+def test_what_was_agreed_is_read_for_the_partner(monkeypatch):
+    figures, _ = partner_judge(monkeypatch, speaker(PARTNER, "1 2 4"), Agreed(None, NEGOTIATION)).evaluate(OURS, KEY, 4)
+    assert figures["true/return"] == 7 and figures["partner/agreed"] == 100
 
 
 def test_a_user_who_behaves_otherwise_shows_in_the_user_models_part(monkeypatch):

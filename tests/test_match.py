@@ -9,8 +9,9 @@ from fakes import write_deals
 from test_dream import NEGOTIATION, finish, lines, one_line, results, run, start
 
 from experiments import match, negotiate
+from mbrl_lm import judge
 from mbrl_lm import negotiation_table as table
-from mbrl_lm.config import Config, ConfigError, override
+from mbrl_lm.config import Config, ConfigError
 
 # ---- the plan ----
 
@@ -124,20 +125,19 @@ def test_a_table_is_extended_by_a_csv(matches, tmp_path_factory):
 # ---- a negotiator ----
 
 
-@pytest.mark.parametrize("plan, rows", [("none", match.ROWS), ("rollouts", match.PLANNED_ROWS)])
-def test_whoever_reads_for_the_partner_sits_at_the_table(plan, rows, monkeypatch):
+def test_whoever_reads_for_the_partner_sits_at_the_table(monkeypatch):
     class Seated(Exception):
         pass
 
-    def table(*_, listener, rows, **__):
-        raise Seated(listener, rows)
+    def table(*_, listener, **__):
+        raise Seated(listener)
 
     monkeypatch.setattr(match.negotiation, "Table", table)
     corpus = types.SimpleNamespace(val_records=[], protocol=None)
     model = types.SimpleNamespace(corpus=corpus, net=None, mesh=None, imagined_user=lambda cfg: None)
     with pytest.raises(Seated) as told:
-        match.play(override(Config(), {"plan": plan}), model, match.Opposite(None, None, "a reader"), set())
-    assert told.value.args == ("a reader", rows)
+        match.play(Config(), model, judge.Opposite(None, None, "a reader"), set())
+    assert told.value.args == ("a reader",)
 
 
 def test_a_negotiator_is_trained_with_both_sides_and_sits_at_every_table(tmp_path):

@@ -77,6 +77,12 @@ def table(net=None, partner=None, cfg=None, rows=4):
     return Table(cfg or config_of(), PROTOCOL, net, partner, one_device(), SCENARIOS, rows)
 
 
+def test_fewer_are_planned_at_a_time():
+    cfg = config_of(plan="rollouts", imagine__reward="split", planner__candidates=2, planner__futures=1)
+    assert [table(table_net(), table_net(), cfg, rows).rows for rows in (4, 64)] == [4, negotiation.PLANNED_ROWS]
+    assert table(table_net(), table_net(), rows=64).rows == 64
+
+
 def test_every_scenario_is_played_four_ways():
     ours, theirs = table().openings(np.arange(13))
     seen = {}

@@ -26,6 +26,7 @@ from mbrl_lm.types import Array, Dialogue, Params
 
 Scenario = tuple[Sequence[int], Sequence[int]]  # the contexts of the two sides, `count value` of three kinds of item
 FEWEST_ROWS = 8  # that are computed together
+PLANNED_ROWS = 32  # a planned dialogue has as many rows as futures are imagined of its candidates
 GREEDY = 1e-3  # temperature of the outcome, which is read off the dialogue and not negotiated
 
 
@@ -155,7 +156,7 @@ _parse = jax.jit(pr.parse, static_argnums=0)
 
 
 class Table:
-    """Where the policy negotiates with a partner; `rows` dialogues at a time.
+    """Where the policy negotiates with a partner; `rows` dialogues at a time, PLANNED_ROWS at most where it plans its turns.
 
     Args:
       cfg, protocol: of the run.
@@ -180,7 +181,8 @@ class Table:
         imagined_user: Params | None = None,
         listener: Listener | None = None,
     ):
-        self.cfg, self.scenarios, self.rows, self._protocol = cfg, scenarios, rows, protocol
+        self.cfg, self.scenarios, self._protocol = cfg, scenarios, protocol
+        self.rows = rows if cfg.plan == "none" else min(rows, PLANNED_ROWS)
         self._imagined_user = imagined_user
         scripted = isinstance(partner, Haggler)
         plan = make_planner(cfg, net, protocol, narrow=True)
