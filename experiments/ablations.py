@@ -60,7 +60,7 @@ def make_rows(full: Config) -> list[Row]:
       full: the config of the full method.
     """
     return [
-        Row("full", "full", {}, "the full method", tried=25),
+        Row("full", "full", {}, "the full method", tried=31),
         *_model_free(full),
         *_imagination(full),
         *_guards(full),
@@ -74,7 +74,7 @@ def _model_free(full: Config) -> list[Row]:
     rl, nll = "1 model-free RL", "2 the user's words as well"
     rows = [
         Row("1_model_free", rl, MODEL_FREE | quarter, "real dialogues only, a quarter of the updates", expects="lower"),
-        Row("1b_model_free", rl, MODEL_FREE, "the same with as many updates as the full method", expects="lower", tried=8),
+        Row("1b_model_free", rl, MODEL_FREE, "the same with as many updates as the full method", expects="lower", tried=11),
     ]
     for loss in ("nll", "mae"):
         for weight in (0.01, 0.05, 0.2, 1.0):
