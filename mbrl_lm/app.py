@@ -214,8 +214,9 @@ def _write_config(run: Run) -> None:
         write_atomic(path, text + "\n")
         commits = run.workdir / "commit.txt"
         known = commits.read_text(encoding="utf-8").split("\n")[:-1] if commits.exists() else []
-        if commit() not in known[-1:]:
-            write_atomic(commits, "\n".join([*known, commit(), ""]))
+        now = commit()
+        if now not in known[-1:]:
+            write_atomic(commits, "\n".join([*known, now, ""]))
 
 
 def _remove_derived(workdir: pathlib.Path) -> None:

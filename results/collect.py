@@ -5,12 +5,14 @@ import json
 import pathlib
 import sys
 
+from mbrl_lm.ablation_runs import short
+
 
 def rows(workdir: pathlib.Path) -> list[tuple]:
     """(data, variant, seed, commit, figure, value) of one run, sorted by figure."""
     config = json.loads((workdir / "config.json").read_text())
     commit = (workdir / "commit.txt").read_text().splitlines()[-1]
-    run = config["data"], config["variant"], config["seed"], commit[:7] + commit[40:]  # "+ changes" stays
+    run = config["data"], config["variant"], config["seed"], short(commit)
     figures = json.loads((workdir / "results.json").read_text())
     return [(*run, name, f"{x:.6g}") for name, x in sorted(figures.items())]
 
