@@ -37,8 +37,8 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     prompt = rollout.from_an_opening(protocol, real, point_key, cfg.imagine.openings)
     prompt = prompt.replace(uid_B=jax.numpy.arange(prompt.uid_B.shape[0], dtype=jax.numpy.uint32))
     turns = max(2 * cfg.imagine.replies, 1)
-    temperature_R = np.full(len(pr.ROLES), cfg.imagine.temperature, np.float32)
-    temperature_R[pr.USER] = cfg.imagine.user_temperature
+    own, users = cfg.imagine.temperature, cfg.imagine.user_temperature
+    temperature_R = pr.temperatures(assistant=own, user=users, outcome=own)
     if cfg.loss.distil:
         words = state.reference if cfg.planner.user == "reference" else user
         plan = make_planner(cfg, net, protocol)

@@ -85,16 +85,14 @@ class Speaker:
     ):
         self.tokens, self.turns = cfg.tokens, cfg.turns
         self._tokenizer, self._params = tokenizer, params
-        temperature_R = np.ones(len(pr.ROLES), np.float32)
-        temperature_R[pr.ASSISTANT] = cfg.eval.temperature
+        temperature_R = pr.temperatures(assistant=cfg.eval.temperature)
         centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
         def writer(cfg):
             plan = make_planner(cfg, net, protocol)
 
             def write(params, dialogue, key):
-                author_BT, turn_BT = pr.parse(protocol, dialogue.token_BT)
-                prompt = dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
+                prompt = pr.attributed(protocol, dialogue)
                 return plan(params, prompt, key, temperature_R, imagined_user).dialogue
 
             return pjit(write, mesh)

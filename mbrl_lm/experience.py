@@ -56,7 +56,7 @@ class Experience:
         self.replay.add(dialogues)
         if not self._imagination:
             return state
-        temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
+        temperature_R = pr.temperatures(assistant=temperature, user=self._cfg.imagine.user_temperature)
         openings = self._user.openings(uids, "train")
         imagined, _ = self._imagination.imagined(state.params, openings, temperature_R, jax.random.fold_in(key, 1))
         anchor_XW = guards.anchors(imagined, dialogues.reward_BU.sum(axis=1))

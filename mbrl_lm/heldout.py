@@ -181,10 +181,9 @@ def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int
         real_BT = jnp.take_along_axis(dialogue.token_BT, jnp.clip(at_T - (reached_B - first_B)[:, None], 0, T - 1), axis=1)
         inside_BT = (at_T >= reached_B[:, None]) & (at_T < (reached_B + length_B)[:, None])
         token_BT = jnp.where(inside_BT, real_BT, imagined.token_BT)
-        author_BT, turn_BT = pr.parse(protocol, token_BT)
-        spliced = dialogue.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT)
+        spliced = pr.attributed(protocol, dialogue.replace(token_BT=token_BT))
         # Only where the imagined turns left the floor to the user, and the real turn still fits.
-        floor_B = jnp.take_along_axis(author_BT, jnp.minimum(reached_B, T - 1)[:, None], axis=1)[:, 0] == pr.USER
+        floor_B = jnp.take_along_axis(spliced.author_BT, jnp.minimum(reached_B, T - 1)[:, None], axis=1)[:, 0] == pr.USER
         kept_B = (length_B > 0) & ~imagined.ended_B & floor_B & (reached_B + length_B <= T)
         nll_B, words_B = user_turn(params, spliced, reached_B, length_B)
         real_nll_B, _ = user_turn(params, dialogue, first_B, length_B)

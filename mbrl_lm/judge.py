@@ -118,10 +118,7 @@ def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dic
 
 def temperatures(cfg: config.Config) -> np.ndarray:
     """Of each role where the policy is judged in imagination: the imagined user is as in training."""
-    temperature_R = np.ones(len(pr.ROLES), np.float32)
-    temperature_R[pr.ASSISTANT] = cfg.eval.temperature
-    temperature_R[pr.USER] = cfg.imagine.user_temperature
-    return temperature_R
+    return pr.temperatures(assistant=cfg.eval.temperature, user=cfg.imagine.user_temperature)
 
 
 class ConciergeJudge:

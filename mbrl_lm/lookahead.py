@@ -125,9 +125,7 @@ class Lookahead:
 
         if not more:
             return dialogue
-        dialogue = jax.tree_util.tree_map_with_path(widen, dialogue)
-        author_BT, turn_BT = pr.parse(self.protocol, dialogue.token_BT)
-        return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
+        return pr.attributed(self.protocol, jax.tree_util.tree_map_with_path(widen, dialogue))
 
     def look(self, params: Params, dialogue: Dialogue, from_B: Array) -> Outlook:
         """What dialogues are worth from the assistant turn on that was written from position `from_B` on.

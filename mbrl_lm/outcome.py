@@ -1,7 +1,7 @@
 """The outcome of a negotiation as one side reads it off the dialogue: the likeliest split that is possible, or no deal.
 
-Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017). What the
-own values suggest is not what was said: so the other side's reading counts as well, with values that it might have.
+Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017). What a side
+would like is not what was said: so the dialogue is read from both seats, with values that who sits there might have.
 """
 
 import functools
@@ -18,8 +18,8 @@ from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
 
 POINTS = 10  # that all items together are worth to either side
-SUPPOSED = 3  # contexts of the other side that are tried out
-NO_DEAL_SURE = 0.95  # of no deal, to read it: in half of the dialogues recorded as such a split had been talked out
+SUPPOSED = 3  # contexts that are tried out in either seat
+NO_DEAL_SURE = 0.98  # of no deal, to read it: in half of the dialogues recorded as such a split had been talked out
 WIDTHS = (0.25, 0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it
 
 
@@ -105,8 +105,8 @@ def log_probabilities(
 def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int) -> Dialogue:
     """The dialogues with the likeliest outcome in the place of the one that was written, where one was called for.
 
-    A split is as likely as the own view says, times the (geometric) mean of what views of the other side say, whose values
-    are not known. No deal is read where the own view is sure of it.
+    How likely an outcome is, is the geometric mean of what views from both seats say, with supposed values. No deal is read
+    where they are sure of it. Two sides that read by one network therefore read alike.
 
     Args:
       net, params: whoever reads.
@@ -121,21 +121,20 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     called_B &= start_B + pr.OUTCOME_TOKENS <= T
     at_B = jnp.where(called_B, start_B, 1)
     count_BI = jnp.clip(dialogue.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER)
-    share_BSI, _ = slots(count_BI, outcomes)
+    share_BSI, used_BS = slots(count_BI, outcomes)
 
-    # The own view, then views of the other side.
-    token_BKT = jnp.repeat(dialogue.token_BT[:, None], 1 + SUPPOSED, axis=1)
-    token_BKT = token_BKT.at[:, 1:].set(jnp.asarray(protocol.mirror_V)[token_BKT[:, 1:]])
+    seat_BXT = jnp.stack([dialogue.token_BT, jnp.asarray(protocol.mirror_V)[dialogue.token_BT]], axis=1)
+    token_BXKT = jnp.repeat(seat_BXT[:, :, None], SUPPOSED, axis=2)
     value_BKI = jnp.asarray(supposed_values())[tuple(count_BI.T)]
-    token_BKT = token_BKT.at[:, 1:, 2:7:2].set(pr.NUMBER + value_BKI)
-    start_X = jnp.repeat(at_B, 1 + SUPPOSED)
-    logp_XS = log_probabilities(net, protocol, params, token_BKT.reshape(-1, T), start_X, outcomes)
-    logp_BKS = jax.nn.log_softmax(logp_XS).reshape(B, 1 + SUPPOSED, outcomes)
-    own_BS, other_BS = logp_BKS[:, 0], jnp.mean(logp_BKS[:, 1:], axis=1)
-    theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1)
-    other_BS = jnp.take_along_axis(other_BS, theirs_BS, axis=1)
-    best_B = jnp.argmax(jnp.where(jnp.isfinite(own_BS), own_BS + other_BS, -jnp.inf)[:, 1:], axis=1) + 1
-    none_B1 = (own_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
+    token_BXKT = token_BXKT.at[..., 2:7:2].set(pr.NUMBER + value_BKI[:, None])
+    views = 2 * SUPPOSED
+    logp_RS = log_probabilities(net, protocol, params, token_BXKT.reshape(-1, T), jnp.repeat(at_B, views), outcomes)
+    logp_BXKS = jax.nn.log_softmax(logp_RS).reshape(B, 2, SUPPOSED, outcomes)
+    own_BS, other_BS = (jnp.mean(logp_BXKS[:, seat], axis=1) for seat in range(2))
+    theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1).at[:, 0].set(0)
+    logp_BS = (own_BS + jnp.take_along_axis(other_BS, theirs_BS, axis=1)) / 2
+    best_B = jnp.argmax(jnp.where(used_BS, logp_BS, -jnp.inf)[:, 1:], axis=1) + 1
+    none_B1 = (logp_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
 
     split_B3 = jnp.take_along_axis(share_BSI, best_B[:, None, None], axis=1)[:, 0]
     split_B4 = jnp.pad(pr.NUMBER + split_B3, ((0, 0), (0, 1)), constant_values=pr.STOP)
@@ -144,6 +143,5 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     written_BT = jnp.take_along_axis(chosen_B4, jnp.clip(place_BT, 0, pr.OUTCOME_TOKENS - 1), axis=1)
     written_BT = jnp.where(place_BT < pr.OUTCOME_TOKENS, written_BT, pr.PAD)
     token_BT = jnp.where((place_BT >= 0) & called_B[:, None], written_BT, dialogue.token_BT)
-    author_BT, turn_BT = pr.parse(protocol, token_BT)
     ended_B = dialogue.ended_B | called_B
-    return dialogue.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, ended_B=ended_B, cut_B=~ended_B)
+    return pr.attributed(protocol, dialogue.replace(token_BT=token_BT, ended_B=ended_B, cut_B=~ended_B))

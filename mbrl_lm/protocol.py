@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm.types import Array
+from mbrl_lm.types import Array, Dialogue
 
 ROLES = ("context", "assistant", "user", "outcome", "end")
 CONTEXT, ASSISTANT, USER, OUTCOME, END = range(5)
@@ -116,6 +116,28 @@ def parse(protocol: Protocol, token_BT: Array) -> tuple[Array, Array]:
     author_BT = jnp.where(token_BT == PAD, jnp.int8(END), role_TB.T)  # a truncated row has no end token before its padding
     changed_BT = jnp.diff(author_BT, axis=1, prepend=author_BT[:, :1]) != 0
     return author_BT, jnp.cumsum(changed_BT, axis=1).astype(jnp.int16)
+
+
+def attributed(protocol: Protocol, dialogue: Dialogue) -> Dialogue:
+    """The dialogue with the author and the turn of each of its tokens, whatever they were before."""
+    author_BT, turn_BT = parse(protocol, dialogue.token_BT)
+    return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
+
+
+_parse = jax.jit(parse, static_argnums=0)
+
+
+def attributed_on_host(protocol: Protocol, dialogue: Dialogue) -> Dialogue:
+    """`attributed`, of numpy arrays."""
+    author_BT, turn_BT = map(np.asarray, _parse(protocol, dialogue.token_BT))
+    return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
+
+
+def temperatures(*, assistant: float = 1.0, user: float = 1.0, outcome: float = 1.0) -> np.ndarray:
+    """(R,) f32: the temperature at which the tokens of each role are sampled."""
+    temperature_R = np.ones(len(ROLES), np.float32)
+    temperature_R[[ASSISTANT, USER, OUTCOME]] = assistant, user, outcome
+    return temperature_R
 
 
 def place_in_turn(turn_BT: Array) -> Array:

@@ -77,18 +77,15 @@ def next_role(protocol: pr.Protocol, prompt: Dialogue) -> Array:
 def prefix(protocol: pr.Protocol, dialogue: Dialogue, length_B: Array) -> Dialogue:
     """The first `length_B` tokens of each dialogue, as a prompt: nothing after them is known, no reward, no end."""
     keep_BT = jnp.arange(dialogue.token_BT.shape[1])[None] < length_B[:, None]
-    token_BT = jnp.where(keep_BT, dialogue.token_BT, pr.PAD)
-    author_BT, turn_BT = pr.parse(protocol, token_BT)
-    return dialogue.replace(
-        token_BT=token_BT,
-        author_BT=author_BT,
-        turn_BT=turn_BT,
+    prompt = dialogue.replace(
+        token_BT=jnp.where(keep_BT, dialogue.token_BT, pr.PAD),
         sampled_BT=jnp.zeros_like(dialogue.sampled_BT),
         logp_BT=jnp.zeros_like(dialogue.logp_BT),
         reward_BU=jnp.zeros_like(dialogue.reward_BU),
         ended_B=jnp.zeros_like(dialogue.ended_B),
         cut_B=jnp.ones_like(dialogue.cut_B),
     )
+    return pr.attributed(protocol, prompt)
 
 
 def from_an_opening(protocol: pr.Protocol, dialogue: Dialogue, key: Array, first: float = 0.0) -> Dialogue:

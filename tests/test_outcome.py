@@ -10,6 +10,7 @@ from tiny import dialogue, noisy, world
 
 from mbrl_lm import outcome
 from mbrl_lm import protocol as pr
+from mbrl_lm.reward import outcome_share
 from mbrl_lm.scoring import score
 
 ROWS = ["bos 1 4 2 1 1 2 >a a >u b >o 1 0 1 stop", "bos 2 1 1 3 3 1 >u a c >a b >o none stop", "bos 1 4 2 1 1 2 >a a >u b"]
@@ -43,39 +44,56 @@ def written_out(w, params, begun: str, counts) -> tuple[list[str], np.ndarray]:
     return texts, logp_S - np.logaddexp.reduce(logp_S)
 
 
-def test_the_likeliest_split_is_read_from_both_sides():
-    """Against the score of every outcome, written out; the other side's values are the supposed ones."""
+def with_values(words: list[str], counts, values) -> str:
+    """A dialogue, as words, in which other values are told."""
+    return " ".join(["bos", *(str(n) for pair in zip(counts, values, strict=True) for n in pair), *words[7:]])
+
+
+def mirrored(words: list[str]) -> list[str]:
+    return [{">a": ">u", ">u": ">a"}.get(word, word) for word in words]
+
+
+def test_the_likeliest_split_is_read_from_both_seats():
+    """Against the score of every outcome, written out, with the supposed values in either seat."""
     w = world("negotiation", seed=3, model__layers=1)
     params = noisy(w.params, 4, 0.5)
     rows = dialogue(w.protocol, ROWS)
     read = jax.jit(lambda p, d: outcome.read(w.net, w.protocol, p, d, 37))(params, rows)
-    mirror = {">a": ">u", ">u": ">a"}
     for b, counts in ((0, (1, 2, 1)), (1, (2, 1, 3))):
         begun = ROWS[b].split(" >o ")[0]
-        texts, own_S = written_out(w, params, begun, counts)
-        total_S = own_S.copy()
-        words = begun.split()
-        for values in outcome.supposed_values()[counts]:
-            numbers = [str(n) for pair in zip(counts, values.tolist(), strict=True) for n in pair]
-            other = " ".join(["bos", *numbers, *(mirror.get(word, word) for word in words[7:])])
-            _, logp_S = written_out(w, params, other, counts)
-            for s, text in enumerate(texts[1:], 1):
-                theirs = " ".join(str(n - int(x)) for n, x in zip(counts, text.split(), strict=False)) + " stop"
-                total_S[s] += logp_S[texts.index(theirs)] / len(outcome.supposed_values()[counts])
+        words, total_S, supposed = begun.split(), 0.0, outcome.supposed_values()[counts].tolist()
+        for values in supposed:
+            texts, own_S = written_out(w, params, with_values(words, counts, values), counts)
+            _, logp_S = written_out(w, params, with_values(mirrored(words), counts, values), counts)
+            theirs = [" ".join(str(n - int(x)) for n, x in zip(counts, t.split()[:3], strict=True)) for t in texts[1:]]
+            other_S = logp_S[[0, *(texts.index(f"{text} stop") for text in theirs)]]
+            total_S = total_S + (own_S + other_S) / (2 * len(supposed))
         best = texts[1 + int(np.argmax(total_S[1:]))]
         expected = dialogue(w.protocol, [f"{begun} >o {best}"])
         np.testing.assert_array_equal(read.token_BT[b], expected.token_BT[0])
         np.testing.assert_array_equal(read.author_BT[b], expected.author_BT[0])
-        assert np.exp(own_S[0]) < outcome.NO_DEAL_SURE
+        assert np.exp(total_S[0]) < outcome.NO_DEAL_SURE
     np.testing.assert_array_equal(read.token_BT[2], rows.token_BT[2])  # nobody called for an outcome
     np.testing.assert_array_equal(read.ended_B, [True, True, False])
+
+
+def test_two_sides_read_alike_whatever_their_values_are():
+    w = world("negotiation", seed=3, model__layers=1)
+    params, counts = noisy(w.params, 4, 0.5), (1, 2, 1)
+    words = ROWS[0].split(" >o ")[0].split()
+    seats = [with_values(words, counts, (4, 1, 4)), with_values(mirrored(words), counts, (0, 5, 0)), " ".join(words)]
+    rows = dialogue(w.protocol, [f"{begun} >o none stop" for begun in seats])
+    read = outcome.read(w.net, w.protocol, params, rows, 13)
+    share_BI = np.asarray(outcome_share(read)[0])
+    assert share_BI[0].tolist() == share_BI[2].tolist()
+    assert (share_BI[0] + share_BI[1]).tolist() == list(counts)
 
 
 def test_no_deal_is_read_where_it_is_sure():
     net, V = table_net(), pr.FIRST_PIECE + 8
     protocol = pr.make_protocol("negotiation", V, turn_tokens=4)
     rows = dialogue(protocol, ROWS[:1])
-    for sure, expected in ((0.97, "none stop"), (0.93, "0 0 0 stop")):
+    for sure, expected in ((0.99, "none stop"), (0.97, "0 0 0 stop")):
         params = follows(V, {pr.NO_DEAL: pr.STOP})
         numbers = slice(pr.NUMBER, pr.NUMBER + pr.LARGEST_NUMBER + 1)
         params["table"][pr.TO_OUTCOME, numbers] = -50.0

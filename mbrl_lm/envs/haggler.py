@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from mbrl_lm import protocol as pr
@@ -152,8 +151,7 @@ class Listener:
     """
 
     def __init__(self, tokenizer: Tokenizer, protocol: pr.Protocol):
-        self._tokenizer = tokenizer
-        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
+        self._tokenizer, self._protocol = tokenizer, protocol
 
     def settle(self, dialogue: Dialogue) -> Dialogue:
         """The dialogues with the own outcome where one was called for."""
@@ -168,15 +166,12 @@ class Listener:
             token_T[called[0] + 1 :] = pr.PAD
             token_T[called[0] + 1 : called[0] + 1 + len(tokens)] = tokens
             ended_B[b] = True
-        return self._parsed(dialogue.replace(token_BT=token_BT, ended_B=ended_B, cut_B=~ended_B))
+        dialogue = dialogue.replace(token_BT=token_BT, ended_B=ended_B, cut_B=~ended_B)
+        return pr.attributed_on_host(self._protocol, dialogue)
 
     def share(self, count: Sequence[int], value: Sequence[int], said: Sequence[Said], own_call: bool) -> Share | None:
         """What it takes to be its own share; None: no deal."""
         return standing(said, count).share
-
-    def _parsed(self, dialogue: Dialogue) -> Dialogue:
-        author_BT, turn_BT = map(np.asarray, self._parse(dialogue.token_BT))
-        return dialogue.replace(author_BT=author_BT, turn_BT=turn_BT)
 
     def _numbers(self, dialogue: Dialogue, b: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Counts and own values."""

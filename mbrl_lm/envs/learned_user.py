@@ -50,7 +50,6 @@ class LearnedUser:
             return -jnp.sum(jnp.where(said_BT, score(net, protocol, params, dialogue).nll_BT, 0.0), axis=1)
 
         self._write, self._weigh = pjit(write, mesh), pjit(weigh, mesh)
-        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def prompt(self, context: str, spoken: Spoken) -> list[int]:
         """A history, the user's opening first, in which every turn was handed over."""
@@ -98,5 +97,4 @@ class LearnedUser:
                 raise config.ConfigError(f"a dialogue of {len(row)} tokens does not fit: raise --config.tokens")
             dialogue.token_BT[b, : len(row)] = row
         dialogue.uid_B[:] = np.asarray(uids, np.uint32)
-        author_BT, turn_BT = self._parse(dialogue.token_BT)
-        return dialogue.replace(author_BT=np.asarray(author_BT), turn_BT=np.asarray(turn_BT))
+        return pr.attributed_on_host(self._protocol, dialogue)

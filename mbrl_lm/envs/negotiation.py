@@ -107,8 +107,7 @@ def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialog
     """The dialogue as one side sees it, with what the other side has said since; outcomes are nobody else's."""
     said_BT = jnp.isin(speaker.author_BT, jnp.array([pr.ASSISTANT, pr.USER], jnp.int8)) & (listener.author_BT == pr.END)
     token_BT = jnp.where(said_BT, jnp.asarray(protocol.mirror_V)[speaker.token_BT], listener.token_BT)
-    author_BT, turn_BT = pr.parse(protocol, token_BT)
-    heard = listener.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT)
+    heard = pr.attributed(protocol, listener.replace(token_BT=token_BT))
     ended_B = rollout.next_role(protocol, heard) == pr.END  # not where it only waited for the other side
     return heard.replace(
         ended_B=ended_B,
@@ -127,9 +126,7 @@ def earned(dialogue: Dialogue, score_B: Array) -> Dialogue:
 
 def temperatures(temperature: float) -> np.ndarray:
     """Of the words, per role; the outcome is read off the dialogue, and not negotiated."""
-    temperature_R = np.full(len(pr.ROLES), temperature, np.float32)
-    temperature_R[pr.OUTCOME] = GREEDY
-    return temperature_R
+    return pr.temperatures(assistant=temperature, user=temperature, outcome=GREEDY)
 
 
 def openings(cfg: config.Config, protocol: pr.Protocol, scenarios: Sequence[Scenario], index: np.ndarray):
@@ -147,12 +144,8 @@ def openings(cfg: config.Config, protocol: pr.Protocol, scenarios: Sequence[Scen
     sides = []
     for side, speaker in ((0, speakers), (1, pr.ASSISTANT + pr.USER - speakers)):
         dialogue = prompts([pair[side] for pair in pairs], speaker.tolist(), cfg.tokens, cfg.turns)
-        author_BT, turn_BT = map(np.asarray, _parse(protocol, dialogue.token_BT))
-        sides.append(dialogue.replace(author_BT=author_BT, turn_BT=turn_BT, uid_B=index.astype(np.uint32)))
+        sides.append(pr.attributed_on_host(protocol, dialogue.replace(uid_B=index.astype(np.uint32))))
     return sides[0], sides[1]
-
-
-_parse = jax.jit(pr.parse, static_argnums=0)
 
 
 class Table:
@@ -298,8 +291,7 @@ class Table:
     def _widened(self, prompt: Dialogue) -> Dialogue:
         token_BT = np.pad(prompt.token_BT, ((0, 0), (0, self.cfg.tokens - prompt.token_BT.shape[1])))
         empty = empty_dialogues(self.rows, self.cfg.tokens, self.cfg.turns)
-        author_BT, turn_BT = map(np.asarray, _parse(self._protocol, token_BT))
-        return empty.replace(token_BT=token_BT, author_BT=author_BT, turn_BT=turn_BT, uid_B=prompt.uid_B)
+        return pr.attributed_on_host(self._protocol, empty.replace(token_BT=token_BT, uid_B=prompt.uid_B))
 
 
 def plan_cost(figures: dict[str, np.ndarray]) -> dict[str, float]:

@@ -50,7 +50,6 @@ class TrueUser:
         self.seconds: list[float] = []
         self._imagined_user = imagined_user
         self._decide = pjit(make_planner(cfg, net, protocol), mesh)
-        self._parse = jax.jit(lambda token_BT: pr.parse(protocol, token_BT))
 
     def play(self, params: Params, key: Array, uids: Sequence[int], split: str, temperature: float):
         """Plays one dialogue for each uid.
@@ -92,17 +91,12 @@ class TrueUser:
             if len(tokens) > self.cfg.tokens:
                 raise config.ConfigError(f"a dialogue opens with {len(tokens)} tokens: raise --config.tokens")
             dialogue.token_BT[b, : len(tokens)] = tokens
-        return self._parsed(dialogue)
-
-    def _parsed(self, dialogue: Dialogue) -> Dialogue:
-        author_BT, turn_BT = self._parse(dialogue.token_BT)
-        return dialogue.replace(author_BT=np.asarray(author_BT), turn_BT=np.asarray(turn_BT))
+        return pr.attributed_on_host(self.protocol, dialogue)
 
     def _play(self, env, params, key, uids, temperature) -> tuple[Dialogue, list[dict[str, float]]]:
         dialogue = self._open(env, uids)
         ended, going = np.zeros(self.rows, bool), np.ones(self.rows, bool)
-        temperature_R = np.ones(len(pr.ROLES), np.float32)
-        temperature_R[pr.ASSISTANT] = temperature
+        temperature_R = pr.temperatures(assistant=temperature)
         totals: list[dict[str, float]] = [{} for _ in range(self.rows)]
         for turn in range(self.cfg.turns):
             before = lengths(dialogue)
@@ -129,7 +123,7 @@ class TrueUser:
                 dialogue.token_BT[b, length[b] : length[b] + len(tokens)] = tokens
                 ended[b] = fits and reply.ended in ("end", "leave")
                 going[b] = fits and not reply.ended
-            dialogue = self._parsed(dialogue)
+            dialogue = pr.attributed_on_host(self.protocol, dialogue)
             if not going.any():
                 break
         return dialogue.replace(ended_B=ended, cut_B=~ended), totals

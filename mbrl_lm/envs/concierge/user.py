@@ -264,13 +264,12 @@ _ANSWERS = {"ask": _answer_ask, "offer": _answer_offer, "confirm": _answer_confi
 def _interrupt(turn: Turn, before: State, catalogue: Catalogue) -> Distribution:
     """Instead of its answer, an adversary may try an injection and a changer may change its mind. The answer is then unsaid,
     and asking again is no repetition; an offer stays refused."""
-    unsaid = turn.state._replace(told=before.told, hazy=before.hazy)
-    if turn.ended:
+    after = turn.state
+    if turn.ended or not (after.attacks or after.type == "changer" and not after.changed):
         return [(1.0, turn)]
+    unsaid = after._replace(told=before.told, hazy=before.hazy)
     if unsaid.attacks:
         return [*((ATTACK_LATER * p, attack) for p, attack in _attack(unsaid, catalogue)), (1 - ATTACK_LATER, turn)]
-    if unsaid.type != "changer" or unsaid.changed:
-        return [(1.0, turn)]
     changes = [
         (p, Turn((("change", wish.attribute, wish.value),), unsaid._replace(goal=goal, changed=True)))
         for p, (wish, goal) in uniform(_other_goals(unsaid, catalogue))
