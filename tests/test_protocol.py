@@ -48,6 +48,23 @@ def test_rows_are_parsed_each_by_itself():
         assert all((x[b] == y[0]).all() for x, y in zip(together, alone[b], strict=True))
 
 
+def test_authors_follow_from_the_tokens_on_either_machine():
+    rows = dialogue(CHAT, ["bos a >u b >a c >u stop", "bos >a b >u c leave"])
+    stale = rows.replace(author_BT=jnp.zeros_like(rows.author_BT), turn_BT=jnp.ones_like(rows.turn_BT))
+    for attributed, kind in ((pr.attributed, jnp.ndarray), (pr.attributed_on_host, np.ndarray)):
+        found = attributed(CHAT, stale)
+        assert isinstance(found.author_BT, kind) and isinstance(found.turn_BT, kind)
+        np.testing.assert_array_equal(found.author_BT, rows.author_BT)
+        np.testing.assert_array_equal(found.turn_BT, rows.turn_BT)
+
+
+def test_each_role_has_its_temperature():
+    assert pr.temperatures().tolist() == [1.0] * len(pr.ROLES)
+    temperature_R = pr.temperatures(assistant=0.5, user=0.75, outcome=0.25)
+    by_role = dict(zip(pr.ROLES, temperature_R.tolist(), strict=True))
+    assert by_role == {"context": 1.0, "assistant": 0.5, "user": 0.75, "outcome": 0.25, "end": 1.0}
+
+
 def test_what_each_role_may_write():
     words = set(range(pr.FIRST_PIECE, pr.FIRST_PIECE + 8))
     numbers = set(range(pr.NUMBER, pr.NUMBER + pr.LARGEST_NUMBER + 1))

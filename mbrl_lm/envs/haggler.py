@@ -207,7 +207,7 @@ class Haggler(Listener):
             at = slice(length_B[b], length_B[b] + len(tokens))
             token_BT[b, at] = tokens[: token_BT.shape[1] - length_B[b]]
             sampled_BT[b, at] = True
-        return self._parsed(dialogue.replace(token_BT=token_BT, sampled_BT=sampled_BT))
+        return pr.attributed_on_host(self._protocol, dialogue.replace(token_BT=token_BT, sampled_BT=sampled_BT))
 
     def share(self, count: Sequence[int], value: Sequence[int], said: Sequence[Said], own_call: bool) -> Share | None:
         return settled(self._style, count, value, said, own_call)
