@@ -132,7 +132,7 @@ class Imagine:
     user_temperature: float = 1.0  # below 1, imagined users say what is likely, and contradict themselves less
     reward: str = ""  # a name in reward.REWARDS
     sides: int = 1  # 2: in negotiations the imagined user has values of its own, speaks from that seat, and must agree
-    generosity: float = 0.0  # sides=2: each point of the other side's counts so much of an own one
+    generosity: float = 0.0  # sides=2: a point of the other side's counts so much of an own one; to planners on average
 
 
 @dataclasses.dataclass

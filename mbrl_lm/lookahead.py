@@ -142,7 +142,8 @@ class Lookahead:
         heads = self.net.forward(params, dialogue.token_BT)
         value_BT = self._values(heads)
         unanswered_BU = turns.reply_BU == turns.close_BU
-        reward_BU = REWARDS[self.plan.reward or cfg.imagine.reward](dialogue, turns, heads, self._centres_W)
+        earn = REWARDS[self.plan.reward or cfg.imagine.reward]
+        reward_BU = earn(dialogue, turns, heads, self._centres_W, cfg.imagine.generosity)
         reward_BU = jnp.where(unanswered_BU & ~turns.last_BU, 0.0, reward_BU)
         acted_BU = turns.mask_BU & (turns.open_BU >= from_B[:, None] - 1)
         discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)

@@ -13,11 +13,11 @@ import numpy as np
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import Net
+from mbrl_lm.reward import POINTS
 from mbrl_lm.rollout import copied, picked
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
 
-POINTS = 10  # that all items together are worth to either side
 SUPPOSED = 3  # contexts that are tried out in either seat
 NO_DEAL_SURE = 0.98  # of no deal, to read it: in half of the dialogues recorded as such a split had been talked out
 WIDTHS = (0.25, 0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it

@@ -219,6 +219,15 @@ def test_without_depth_the_value_is_read_where_the_assistant_has_spoken():
     np.testing.assert_array_equal(planned.tokens_B, 16 * 2)
 
 
+def test_a_generous_planner_counts_what_is_left_to_the_other_side():
+    """Of one, three and two items worth 4, 1 and 0 nothing but the last two is taken: two thirds of ten points are left."""
+    cfg = config_of(tokens=T, plan="rollouts", imagine__reward="split", imagine__generosity=0.3)
+    w = world("negotiation", seed=3, model__layers=1)
+    rows = dialogue(w.protocol, ["bos 1 4 3 1 2 0 >a a >u b >o 0 0 2 stop"], T=T)
+    outlook = lookahead.Lookahead(cfg, w.net, w.protocol).look(w.params, rows, jnp.array([8]))
+    np.testing.assert_allclose(outlook.return_B, 0.3 * 20 / 3, rtol=1e-5)
+
+
 def test_spread_is_paid_for():
     """After a the user is either happy or not; after b it is always a little unhappy."""
     reward = {GOOD: 1.0, BAD: -1.0, C: -0.25}

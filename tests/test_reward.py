@@ -52,6 +52,15 @@ def test_split_values_the_own_share_by_the_own_context():
     np.testing.assert_allclose(reward_BU[:, 1], [10, 4, 5])
 
 
+def test_what_is_left_to_the_other_side_may_count():
+    """Of one, three and two items one, none and two are taken: the three are left, worth a third of ten points."""
+    d = dialogue(
+        DEAL, [f"{CONTEXT} {TALK} >o {tail}" for tail in ("1 0 2 stop", "0 1 1 stop", "none stop", "2 0 0 stop")], U=3
+    )
+    reward_BU = reward.split(d, find_turns(DEAL, d), None, CENTRES, 0.3)
+    np.testing.assert_allclose(reward_BU[:, 1], [4 + 1, 1 + 1 + 2 / 3 + 1 / 2, 0, 0], rtol=1e-6)
+
+
 def test_learned_reads_the_reward_head_where_the_user_has_replied():
     d = dialogue(DEAL, ["bos >a a >u b >a c >u d >o 1 1 1 stop", "bos >a a >u b >a"], T=16, U=3)
     logits_BTW = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 11)), jnp.float32)
