@@ -82,13 +82,18 @@ def start_of(full: Config, row: Row) -> str | None:
 
 
 def paced(full: Config, updates: int) -> dict[str, int]:
-    """RL in so many updates with as many real dialogues: collected at other intervals, or several collections at once."""
+    """RL in so many updates with as many real dialogues, but for a few: as often in its course, more or fewer at a time."""
     if not full.collect.every:
         return {"train.rl_steps": updates}
-    wanted = math.ceil(full.train.rl_steps / full.collect.every)
-    merged = math.ceil(wanted / updates)
-    every = min(range(1, updates + 1), key=lambda every: abs(math.ceil(updates / every) * merged - wanted))
-    return {"train.rl_steps": updates, "collect.every": every, "collect.batch": full.collect.batch * merged}
+    wanted = full.collect.batch * math.ceil(full.train.rl_steps / full.collect.every)
+    pace = full.collect.every * updates / full.train.rl_steps
+    choices = []
+    for every in sorted({max(math.floor(pace), 1), math.ceil(pace)}):
+        times = math.ceil(updates / every)
+        batch = max(round(wanted / times), 1)
+        choices.append((abs(times * batch - wanted), every, batch))
+    _, every, batch = min(choices)
+    return {"train.rl_steps": updates, "collect.every": every, "collect.batch": batch}
 
 
 def select(plan: Plan, which: str, words: Mapping[str, Iterable[str]]) -> list[str]:

@@ -84,7 +84,8 @@ def test_equal_rows_are_run_once_and_follow_the_preset(plan, monkeypatch):
         (300, 4, 75, {"train.rl_steps": 75, "collect.every": 1, "collect.batch": 16}),  # 75 collections of 16
         (300, 4, 1800, {"train.rl_steps": 1800, "collect.every": 24, "collect.batch": 16}),
         (300, 2, 75, {"train.rl_steps": 75, "collect.every": 1, "collect.batch": 32}),  # 150 of 16 = 75 of 32
-        (220, 2, 100, {"train.rl_steps": 100, "collect.every": 2, "collect.batch": 32}),  # 110 of 16, 50 of 32
+        (220, 2, 100, {"train.rl_steps": 100, "collect.every": 1, "collect.batch": 18}),  # 110 of 16 = 1,760, 100 of 18
+        (250, 5, 125, {"train.rl_steps": 125, "collect.every": 3, "collect.batch": 19}),  # 50 of 16 = 800, 42 of 19 = 798
         (300, 0, 75, {"train.rl_steps": 75}),
     ],
 )
