@@ -12,7 +12,7 @@ from mbrl_lm import value
 from mbrl_lm.turns import gather
 from mbrl_lm.types import Array, Dialogue, Heads, Turns
 
-KINDS, POINTS = 3, 10  # of items in a negotiation; what all of them together are worth to either side
+POINTS = 10  # that all items of a negotiation together are worth to either side
 
 
 def learned(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarray, generosity: float = 0.0) -> Array:
@@ -32,7 +32,7 @@ def split(dialogue: Dialogue, turns: Turns, heads: Heads, centres_W: np.ndarray,
     share_BI, agreed_B = outcome_share(dialogue)
     count_BI, value_BI = numbers_BT[:, 1:6:2], numbers_BT[:, 2:7:2]
     possible_B = agreed_B & jnp.all(share_BI <= count_BI, axis=1)
-    left_B = jnp.sum(1.0 - share_BI / jnp.maximum(count_BI, 1), axis=1) * POINTS / KINDS
+    left_B = POINTS * jnp.mean(1.0 - share_BI / jnp.maximum(count_BI, 1), axis=1)
     points_B = jnp.where(possible_B, jnp.sum(share_BI * value_BI, axis=1) + generosity * left_B, 0.0)
     return jnp.where(turns.last_BU, points_B[:, None], 0.0).astype(jnp.float32)
 
