@@ -97,11 +97,14 @@ def _model_free(full: Config) -> list[Row]:
 
 def _imagination(full: Config) -> list[Row]:
     who, far, share = "5 imagined user", "6 horizon and prompts", "7 real share"
+    goals = {"world_model.goals": full.places[-1]}
     rows = [
         Row("5_none", who, NO_IMAGINATION, "the world model is learnt, and never imagines", expects="lower"),
         Row("5_frozen", who, {"imagine.user": "frozen"}, "imagined user as it was when RL began"),
         Row("5_live", who, {"imagine.user": "live"}, "imagined user refreshed in every update"),
         Row("5_population", who, {"imagine.user": "population"}, "drawn from past users: harder to exploit"),
+        Row("5_goals", who, goals, "it wants one of the places, inferred from what it says, and keeps to it", start=goals,
+            expects="higher"),
         Row("5_oracle", who, {"imagine.user": "oracle", **OFF}, "the true user imagines: what a perfect model is worth",
             expects="higher"),
     ]  # fmt: skip

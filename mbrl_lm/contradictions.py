@@ -117,6 +117,15 @@ def check(cfg: Config) -> None:
         ),
         (train.rl_epochs < 1, "train.rl_epochs must be at least 1"),
         (cfg.world_model.loss not in ("nll", "mae"), "world_model.loss must be nll or mae"),
+        (cfg.world_model.goals < 0 or cfg.world_model.goals == 1, "world_model.goals is at least 2, or 0"),
+        (
+            cfg.world_model.goals and negotiation,
+            "world_model.goals needs contexts that list items: set it to 0",
+        ),
+        (
+            cfg.world_model.goals and cfg.world_model.shuffled,
+            "world_model.shuffled takes away the words that world_model.goals are inferred from: set one of them to 0",
+        ),
         (cfg.world_model.tokens not in ("all", "words", "closing"), "world_model.tokens is all, words or closing"),
         (min(imagine.temperature, imagine.user_temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),
         (cfg.collect.every and not online, f"{cfg.data} has no true user to collect dialogues with: set collect.every=0"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mbrl_lm import config, nn, rollout
+from mbrl_lm import config, goals, nn, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import take
 from mbrl_lm.data.corpus import Corpus
@@ -40,13 +40,17 @@ class Evaluation:
 
     def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, workdir: pathlib.Path):
         self._cfg, self._corpus = cfg, corpus
-        self._heldout = Heldout(net, corpus.protocol, corpus.tokenizer, mesh, corpus.val)
+        most = cfg.world_model.goals
+        self._heldout = Heldout(net, corpus.protocol, corpus.tokenizer, mesh, corpus.val, most=most)
         asked = cfg.eval.dialogues or cfg.eval.final_dialogues  # else no partner need be fitted
         self._judge = make_judge(cfg, net, corpus, mesh, workdir) if asked else None
 
         def retell(params, real, key):
             opening = rollout.from_an_opening(corpus.protocol, real, key)
-            return rollout.imagine(net, corpus.protocol, params, opening, key, tokens=cfg.tokens, turns=RETOLD_TURNS)
+            view = goals.drawn_view(net, corpus.protocol, params, opening, most, jax.random.fold_in(key, 1))
+            return rollout.imagine(
+                net, corpus.protocol, params, opening, key, tokens=cfg.tokens, turns=RETOLD_TURNS, user_view=view
+            )
 
         self._retell = pjit(retell, mesh)
 

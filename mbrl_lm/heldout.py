@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import outcome, rollout
+from mbrl_lm import goals, outcome, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import chunks, take
 from mbrl_lm.nn import Net
@@ -49,9 +49,12 @@ class Heldout:
       dialogues: held-out dialogues, numpy.
       rows: dialogues scored at a time.
       open_loop: of them, how many the open-loop figures are made of.
+      most: items of the context that the user may want, see `goals`; 0: that is not modelled.
     """
 
-    def __init__(self, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, dialogues, rows=64, open_loop=256):
+    def __init__(
+        self, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, dialogues, rows=64, open_loop=256, most=0
+    ):
         self._dialogues, self._rows = dialogues, min(rows, 2 * (len(dialogues.uid_B) // 2) or 1)
         self._open_loop = take(dialogues, np.arange(min(open_loop, len(dialogues.uid_B))))
         T = dialogues.token_BT.shape[1]
@@ -59,6 +62,7 @@ class Heldout:
         number = outcome.number_of(np.clip(dialogues.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER))
         self._sums = pjit(_sums(net, protocol, words_V), mesh)
         self._read = pjit(lambda params, d: outcome.read(net, protocol, params, d, number), mesh)
+        self._evidence = pjit(lambda params, d: goals.log_evidence(net, protocol, params, d, most), mesh) if most else None
         self._hidden = {k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh) for k in HORIZONS}
 
     def closed_loop(self, params: Params, dialogues: Dialogue | None = None) -> dict[str, float]:
@@ -81,6 +85,9 @@ class Heldout:
         for u in range(1, TURNS_SHOWN + 1):
             if words_RU[both, u].sum():
                 figures[f"word_ppl/turn_{u}"] = np.exp(nll_RU[both, u].sum() / words_RU[both, u].sum())
+        if self._evidence:
+            nats = [-np.asarray(self._evidence(params, chunk))[mask].sum() for chunk, mask in chunks(chosen, self._rows)]
+            figures["user_nll/goals"] = sum(nats) / tokens_RU[pr.USER].sum()
         if sums["agreed"]:
             figures["outcome_nll"] = sums["outcome_nll"] / sums["agreed"]
             figures["split_accuracy"] = sums["outcome_right"] / sums["agreed"]

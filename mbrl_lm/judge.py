@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, learner, nn, rollout, value
+from mbrl_lm import config, goals, learner, nn, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
 from mbrl_lm.data.batches import chunks, join, text_batches
@@ -77,9 +77,11 @@ class Imagination:
             return jnp.sum(REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W), axis=1)
 
         def imagine(params, opening, temperature_R, key):
+            view = goals.drawn_view(net, protocol, params, opening, cfg.world_model.goals, jax.random.fold_in(key, 1))
             whole = rollout.imagine(
-                net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R
-            )
+                net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R,
+                user_view=view,
+            )  # fmt: skip
             return learned_return(params, whole), whole
 
         self._imagine, self._learned, self._rows = pjit(imagine, mesh), pjit(learned_return, mesh), rows

@@ -220,7 +220,7 @@ def make_update(
     def parts_of(rows: int) -> int:
         return rows // math.gcd(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
 
-    targets = make_targets(net, protocol, cfg, parts_of, rl)
+    targets = make_targets(net, protocol, cfg, parts_of, rl, shards)
     widths = cfg.widths if rl else ()  # batches to learn by likelihood from come in dialogues of like length
 
     def update(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):

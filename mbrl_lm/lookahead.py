@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, rollout, value
+from mbrl_lm import config, goals, rollout, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.micro_batches import mapped
 from mbrl_lm.nn import Net
@@ -87,23 +87,29 @@ class Lookahead:
         turns: int = 1,
         copies: int = 1,
         room: int = 0,
+        replies: bool = False,
     ):
-        """`rollout.imagine`, and the tokens written in each row.
+        """`rollout.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals.
 
         With `room`, on no wider a cache than leaves every row that many tokens: dialogues that need more are cut there.
         """
 
+        most = self.cfg.world_model.goals if replies else 0
+
         def at(width: int, prompt: Dialogue) -> Dialogue:
+            prompt = jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt)
+            knows, goal_key = params if user is None else user, jax.random.fold_in(key, 1)
             written = rollout.imagine(
                 self.net,
                 self.protocol,
                 params,
-                jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt),
+                prompt,
                 key,
                 tokens=width,
                 turns=turns,
                 temperature=temperature,
                 user=user,
+                user_view=goals.drawn_view(self.net, self.protocol, knows, prompt, most, goal_key),
                 copies=copies,
                 halvings=HALVINGS if turns > 1 else 0,  # single turns are of like length
             )

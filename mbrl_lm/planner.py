@@ -140,7 +140,9 @@ def _iterated(ahead: Lookahead) -> Planner:
             if plan.depth:
                 turns = 2 * plan.depth - 1
                 room = plan.future_tokens
-                future, tokens_B = ahead.write(params, future, key, temperature, user, turns=turns, copies=M, room=room)
+                future, tokens_B = ahead.write(
+                    params, future, key, temperature, user, turns=turns, copies=M, room=room, replies=True
+                )
             look = ahead.look(params, future, jnp.repeat(from_B, rows // B * M))
             return_BM = look.return_B.reshape(rows, M)
             worth_B = jnp.mean(return_BM, axis=1) - plan.kappa * jnp.std(return_BM, axis=1)
@@ -216,7 +218,7 @@ def _searched(ahead: Lookahead) -> Planner:
 
         def step(params, key, action_B, node: Node):
             reply_key, write_key = jax.random.split(key)
-            replied, tokens_B = ahead.write(params, said(node, action_B), reply_key, temperature, user)
+            replied, tokens_B = ahead.write(params, said(node, action_B), reply_key, temperature, user, replies=True)
             look = ahead.look(params, replied, node.from_B)
             after, prior_BK = actions(replied, write_key, tokens_B)
             out = mctx.RecurrentFnOutput(

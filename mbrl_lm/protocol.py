@@ -39,12 +39,14 @@ class Protocol:
         policy gradient falls on them.
       budget_R: (R,) i32, the most tokens of one turn, its hand-over included; on the last one only hand-overs are allowed.
       mirror_V: (V,) i32, the same token as the other party of the conversation sees it: `<to_user>` <-> `<to_assistant>`.
+      separator: the token between the items that a context lists; -1 where none is known.
     """
 
     switch_RV: np.ndarray
     allowed_RV: np.ndarray
     budget_R: np.ndarray
     mirror_V: np.ndarray
+    separator: int = -1
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +58,9 @@ class Protocol:
         return self.allowed_RV & (self.switch_RV != np.arange(len(ROLES))[:, None])
 
 
-def make_protocol(kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_tokens: int = 32) -> Protocol:
+def make_protocol(
+    kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_tokens: int = 32, separator: int = -1
+) -> Protocol:
     """The tables of a kind of conversation.
 
     Args:
@@ -65,6 +69,7 @@ def make_protocol(kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_
       vocab_size: of special tokens and pieces together.
       unknown: ids of pieces that stand for unknown words: read, never sampled.
       turn_tokens: the budget of a turn.
+      separator: the token between the items of a context, if there is one.
     """
     R, V = len(ROLES), vocab_size
     switch_RV = np.repeat(np.arange(R, dtype=np.int8)[:, None], V, axis=1)
@@ -93,7 +98,7 @@ def make_protocol(kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_
     mirror_V[[TO_USER, TO_ASSISTANT]] = TO_ASSISTANT, TO_USER
     no_limit = np.iinfo(np.int32).max
     budget_R = np.array([no_limit, turn_tokens, turn_tokens, OUTCOME_TOKENS, no_limit], np.int32)
-    return Protocol(switch_RV, allowed_RV, budget_R, mirror_V)
+    return Protocol(switch_RV, allowed_RV, budget_R, mirror_V, separator)
 
 
 def parse(protocol: Protocol, token_BT: Array) -> tuple[Array, Array]:

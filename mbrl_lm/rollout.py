@@ -5,7 +5,7 @@ is no barrier at the turns, no padding between them, one scalar cache index and 
 until that runs out, then samples; so ragged prompts need no padding on the left.
 
 A *view* is one stream of tokens with its own network and parameters. `imagine` has one view: the network writes both sides;
-or two of the same tokens, where other parameters speak for the user.
+or two of the same words, where the user has parameters or a context of its own.
 `converse` has two, mirrored: each party sees its own private context and is the assistant of its own view; every step both
 read the same token, sampled from the view whose owner is speaking.
 """
@@ -286,6 +286,7 @@ def imagine(
     turns: int,
     temperature: Array | float = 1.0,
     user: Params | None = None,
+    user_view: Dialogue | None = None,
     copies: int = 1,
     halvings: int = 0,
 ) -> Dialogue:
@@ -301,11 +302,14 @@ def imagine(
       turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
       temperature: of the sampling distribution, one or per role.
       user: other parameters of the same network, which speak for the user and read the outcome.
+      user_view: the prompts as the user sees them, if otherwise: another context of the same length.
       copies: how often each prompt is continued; it is read once. Copies stand next to each other, and the first one is what
         would be written alone.
       halvings: so many times the loop goes on with half of the rows once the others have ended; each is compiled apart.
     """
-    views = [View(net, params, prompt)] + ([] if user is None else [View(net, user, prompt)])
+    views = [View(net, params, prompt)]
+    if user is not None or user_view is not None:
+        views.append(View(net, params if user is None else user, prompt if user_view is None else user_view))
     return _converse(
         protocol, views, key, tokens=tokens, turns=turns, temperature=temperature, copies=copies, halvings=halvings
     )[0]

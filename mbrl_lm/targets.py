@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, guards, policy, value, world_model
+from mbrl_lm import config, goals, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.advantage import advantages
 from mbrl_lm.micro_batches import mapped, merge_rows, split_rows
@@ -17,6 +17,10 @@ from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
 from mbrl_lm.turns import find_turns, gather, spread, total
 from mbrl_lm.types import Array, Dialogue, Heads, Params, TrainState, Turns
+
+# How goals are inferred in the first and in the first two thirds of the likelihood phase, see `goals`.
+HINT = 3.0  # nats for each word of an item that the user says
+SHARPNESS = 20.0
 
 
 @flax.struct.dataclass
@@ -56,19 +60,26 @@ def masks(
     rl: bool,
     user_tokens: str = "all",
     planned_BU: Array | None = None,
+    own_B: Array | None = None,
 ) -> dict[str, Array]:
-    """Which elements each component is made of. `planned_BU`: turns that a planner chose, which the policy is to imitate."""
+    """Which elements each component is made of.
+
+    `planned_BU`: turns that a planner chose, which the policy is to imitate. `own_B`: real dialogues as their users see
+    them; the user's words alone are learnt from these.
+    """
     imagined_B1 = imagined_B[:, None]
+    own_B1 = jnp.zeros_like(imagined_B1) if own_B is None else own_B[:, None]
     user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
     if user_tokens != "all":
         closing_BT = world_model.closing_tokens(protocol, dialogue)
         user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
-    real_turn_BU = turns.mask_BU & ~imagined_B1
+    real_BT = ~imagined_B1 & ~own_B1
+    real_turn_BU = turns.mask_BU & real_BT
     learnt = {
         "user": user_BT,
-        "user_heads": user_BT,
-        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & ~imagined_B1,
-        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & ~imagined_B1,
+        "user_heads": user_BT & ~own_B1,
+        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & real_BT,
+        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & real_BT,
         "value_real": real_turn_BU if rl else real_turn_BU & dialogue.ended_B[:, None],
         "reward": real_turn_BU,
         "end": real_turn_BU,
@@ -91,13 +102,16 @@ def masks(
     }
 
 
-def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: Callable[[int], int], rl: bool):
+def make_targets(
+    net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: Callable[[int], int], rl: bool, shards: int = 1
+):
     """Builds `targets(state, real, imagined, key) -> batch, state, metrics`; nothing of it is differentiated.
 
     Args:
       net, protocol, cfg: what the run is made of.
       parts_of: rows -> into how many parts they are divided for a forward pass.
       rl: False while both speakers are learnt by likelihood.
+      shards: over how many devices rows are spread.
     """
     centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
     true_reward = cfg.imagine.user == "oracle" or cfg.imagine.sides == 2
@@ -161,16 +175,29 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
         kept_BU = turns.mask_BU & (guards.before_first(stop_BU & turns.mask_BU) | ~imagined_B1)
         return doubt_BU, turns.replace(mask_BU=kept_BU, last_BU=turns.last_BU & kept_BU)
 
+    def owners_views(state: TrainState, real: Dialogue, key: Array) -> Dialogue | None:
+        """Real dialogues as their users see them, whose goals the slow parameters infer; one in two while there are many."""
+        if rl:
+            return goals.drawn_view(net, protocol, state.target, real, cfg.world_model.goals, key)
+        every = 1 if real.token_BT.shape[0] % (2 * shards) else 2
+        some, thirds = jax.tree.map(lambda x: x[::every], real), 3 * state.step // cfg.train.supervised_steps
+        hint, sharpness = jnp.where(thirds < 1, HINT, 0.0), jnp.where(thirds < 2, SHARPNESS, 1.0)
+        return goals.drawn_view(net, protocol, state.target, some, cfg.world_model.goals, key, hint, sharpness)
+
     def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
-        rows = real if imagined is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)
+        own = owners_views(state, real, jax.random.fold_in(key, 1))
+        kinds = [rows for rows in (real, own, imagined) if rows is not None]
+        rows = jax.tree.map(lambda *x: jnp.concatenate(x), *kinds)
         target_BT = rows.token_BT
         if rl and cfg.world_model.shuffled:
             target_BT = target_BT.at[: real.token_BT.shape[0]].set(world_model.shuffled_targets(real))
-        imagined_B = jnp.arange(rows.token_BT.shape[0]) >= real.token_BT.shape[0]
+        real_rows, seen_rows = real.token_BT.shape[0], sum(x.token_BT.shape[0] for x in (real, own) if x is not None)
+        place_B = jnp.arange(rows.token_BT.shape[0])
+        imagined_B, own_B = place_B >= seen_rows, (place_B >= real_rows) & (place_B < seen_rows)
         imagined_B1 = imagined_B[:, None]
         turns = find_turns(protocol, rows, unanswered=rl and cfg.imagine.replies == 0)
         written_BU = gather(rows.sampled_BT, turns.close_BU)
-        mask_BU = turns.mask_BU & (written_BU | ~imagined_B1)  # a prompt's turns are no actions
+        mask_BU = turns.mask_BU & (written_BU | ~imagined_B1) & ~own_B[:, None]  # a prompt's turns are no actions
         turns = turns.replace(mask_BU=mask_BU, last_BU=turns.last_BU & mask_BU)
         metrics: dict[str, tuple[Array, Array]] = {}
         zeros_BU = jnp.zeros_like(rows.reward_BU)
@@ -202,8 +229,9 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
         if rl:
             since = state.step - cfg.train.supervised_steps
             state = watch_returns(cfg.returns, state, return_BU, turns.mask_BU, imagined_B, since)
-            advantage_BU = advantages(cfg, state, return_BU, seen.open_value, turns.mask_BU, real.token_BT.shape[0])
-            metrics |= figures(rows, turns, return_BU, seen.open_value, imagined_B)
+            advantage_BU = advantages(cfg, state, return_BU, seen.open_value, turns.mask_BU, seen_rows)
+            kinds_of = {"real": ~imagined_B & ~own_B, "imagined": imagined_B}
+            metrics |= figures(rows, turns, return_BU, seen.open_value, kinds_of)
             metrics["train/return_range"] = state.return_high - state.return_low, jnp.ones(())
             written = jnp.sum(rows.sampled_BT & imagined_B1, dtype=jnp.int32)
             state = state.replace(imagined_tokens=state.imagined_tokens + written)
@@ -213,7 +241,7 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
         planned_BU = None
         if rl and cfg.loss.distil:  # the first turn of an imagined dialogue
             planned_BU = turns.mask_BU & imagined_B1 & (jnp.cumsum(turns.mask_BU, axis=1) == 1)
-        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU)
+        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B)
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1
@@ -257,10 +285,10 @@ def watch_returns(
     )
 
 
-def figures(rows: Dialogue, turns: Turns, return_BU: Array, value_BU: Array, imagined_B: Array):
-    """Metrics of the real and of the imagined turns, as (sum, weight)."""
+def figures(rows: Dialogue, turns: Turns, return_BU: Array, value_BU: Array, kinds: dict[str, Array]):
+    """Metrics of the turns of each kind of rows, by its name, as (sum, weight)."""
     metrics = {}
-    for name, rows_B in (("real", ~imagined_B), ("imagined", imagined_B)):
+    for name, rows_B in kinds.items():
         chosen_BU = turns.mask_BU & rows_B[:, None]
         turn_count, row_count = jnp.sum(chosen_BU, dtype=jnp.float32), jnp.sum(rows_B, dtype=jnp.float32)
         metrics[f"train/{name}_return"] = masked_sum(return_BU, chosen_BU), turn_count

@@ -97,6 +97,13 @@ def test_a_chat_has_no_partner(tmp_path):
     corpus.train.check()
 
 
+def test_goals_need_contexts_that_list_items(tmp_path):
+    with pytest.raises(config.ConfigError, match="world_model.goals needs contexts that list items, ';' between them"):
+        load_corpus(config_of("chat_jsonl", write_chats(tmp_path / "raw", "hello"), world_model__goals=4), tmp_path)
+    corpus = load_corpus(config_of("concierge", world_model__goals=4), tmp_path)
+    assert corpus.tokenizer.decode([corpus.protocol.separator]) == ";"
+
+
 def test_the_environments_logs_are_written_once(tmp_path):
     cfg = config_of("concierge")
     corpus = load_corpus(cfg, tmp_path)

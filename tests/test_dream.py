@@ -241,6 +241,18 @@ def test_a_run_begun_with_anothers_likelihood_phase_is_the_run_that_learnt_it_it
 # ---- other data ----
 
 
+def test_users_with_goals(tmp_path):
+    """Likelihood, imagination, the judge and the report, and the same with a planner that imagines such users."""
+    flags = {"world_model.goals": 4, "places": "(3,4)", "train.rl_steps": 2, "eval.dialogues": 2, "eval.final_dialogues": 4}
+    run(tmp_path / "w", CONCIERGE | flags)
+    before = results(tmp_path / "w")
+    assert before["gradient_steps"] == 5 and 0 < before["user_nll/val/goals"] < 2 * before["user_nll/val"]
+    ahead = {"plan": "rollouts", "planner.candidates": 2, "planner.futures": 1, "planner.depth": 1}
+    run(tmp_path / "w", {"eval.final_dialogues": 4, "eval.user_dialogues": 4} | ahead, "evaluate")
+    after = results(tmp_path / "w")
+    assert {name: after[name] for name in before} == before and after["user/recorded/kl"] > 0
+
+
 def test_negotiations(tmp_path):
     deals = write_deals(tmp_path / "deals")
     distilled = {"plan": "rollouts", "loss.distil": 0.5, "planner.candidates": 2, "planner.futures": 1, "planner.depth": 1}

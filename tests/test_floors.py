@@ -26,6 +26,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "value": 4,
     "reward": 4,
     "guards": 4,
+    "goals": 4,
     "targets": 5,
     "lookahead": 5,
     "planner": 5,

@@ -1,12 +1,14 @@
 """The learned user from the host: its texts and probabilities are those of the token loop and of `score`."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from fakes import follows, one_device, table_net
-from tiny import config_of
+from tiny import config_of, noisy
 
-from mbrl_lm import config, nn, tokenizer
+from mbrl_lm import config, goals, nn, tokenizer
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs.learned_user import LearnedUser, UserTurn
 from mbrl_lm.scoring import score
@@ -63,3 +65,24 @@ def test_probabilities_are_those_of_score():
 def test_what_does_not_fit_is_explained():
     with pytest.raises(config.ConfigError, match="raise --config.tokens"):
         user_of(table_net()).log_prob(None, [[A] * 30], [[A] * 3])
+
+
+def test_with_goals_a_turn_follows_from_what_the_user_may_want_after_what_it_has_said():
+    """By hand: sum over z of p(z | said before) p(turn | own view of z)."""
+    protocol = dataclasses.replace(PROTOCOL, separator=PIECES.encode("e")[0])
+    cfg = dataclasses.replace(CFG, world_model=config.WorldModel(goals=3))
+    net = nn.make_net(cfg.model, PIECES.vocab_size)
+    params = noisy(net.init(jax.random.key(1)))
+    user = LearnedUser(cfg, net, protocol, PIECES, one_device(), 2)
+    prompt = user.prompt("a b e c d e c", [("user", "a"), ("assistant", "b")])
+    row = user.turn_tokens(UserTurn("d", "end"))
+    logp_CZ = np.zeros((2, 2))  # of what was said before, and of the turn; of both items
+    for z in range(2):
+        view = goals.own_view(protocol, user._dialogue([[*prompt, *row]], [0]), np.array([z]))
+        said_T = -np.asarray(score(net, protocol, params, view).nll_BT)[0] * (np.asarray(view.author_BT)[0] == pr.USER)
+        logp_CZ[:, z] = said_T[: len(prompt)].sum(), said_T[len(prompt) :].sum()
+    before_Z, turn_Z = np.exp(logp_CZ)
+    assert user.log_prob(params, [prompt], [row])[0] == pytest.approx(np.log(before_Z @ turn_Z / before_Z.sum()), abs=1e-4)
+    assert abs(turn_Z[0] - turn_Z[1]) > 0.01 * turn_Z.max()
+    texts = {turn.text for turn in user.write(params, [prompt] * 8, range(8), jax.random.key(0))}
+    assert len(texts) > 1

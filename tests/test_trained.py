@@ -85,6 +85,7 @@ def test_a_run_begins_where_the_other_one_stopped(tmp_path):
         ({"train__learning_rate": 1.0}, "has train.learning_rate"),
         ({"tokens": 32}, "has tokens=24"),
         ({"signal": "outcome"}, "has signal=return"),
+        ({"world_model__goals": 4}, "has world_model.goals=0, this run 4"),
     ],
 )
 def test_a_run_with_another_likelihood_phase_is_refused(tmp_path, values, message):
@@ -95,7 +96,14 @@ def test_a_run_with_another_likelihood_phase_is_refused(tmp_path, values, messag
 
 def test_what_has_its_effect_later_may_differ(tmp_path):
     finished(tmp_path / "start", config())
-    later = {"imagine__replies": 1, "guard__truncation": 2.0, "policy__loss": "ppo", "loss__kl": 0.7, "train__rl_epochs": 2}
+    later = {
+        "imagine__replies": 1,
+        "world_model__loss": "mae",
+        "guard__truncation": 2.0,
+        "policy__loss": "ppo",
+        "loss__kl": 0.7,
+        "train__rl_epochs": 2,
+    }
     later |= {"eval__every": 3, "control": "user_gradient", "collect__every": 9, "checkpoint_every": 3, "train__rl_steps": 9}
     assert int(take_over(config(start=str(tmp_path / "start"), **later))[0].step) == STEPS
 

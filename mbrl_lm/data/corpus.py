@@ -16,6 +16,8 @@ from mbrl_lm.protocol import Protocol, make_protocol
 from mbrl_lm.tokenizer import Tokenizer
 from mbrl_lm.types import Dialogue
 
+SEPARATOR = ";"  # between the items of a context
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -61,7 +63,13 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         write_atomic(model, tokenizer.train(itertools.chain(texts, known), cfg.tokenizer))
     pieces = tokenizer.load(str(model))
     kind, renamings = DATASETS[cfg.data].kind, DATASETS[cfg.data].renamings
-    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens)
+    separator = pieces.encode(SEPARATOR)
+    separator = separator[0] if len(separator) == 1 and separator[0] not in pieces.unknown else -1
+    if cfg.world_model.goals and separator < 0:
+        raise config.ConfigError(
+            f"world_model.goals needs contexts that list items, {SEPARATOR!r} between them: set it to 0"
+        )
+    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, separator)
     if kind == "negotiation":
         known = {record.scenario for record in train} & {record.scenario for record in val}
         if known:

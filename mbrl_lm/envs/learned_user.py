@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, rollout
+from mbrl_lm import config, goals, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import chunks, lengths
 from mbrl_lm.envs.true_user import ENDING
@@ -41,10 +41,17 @@ class LearnedUser:
     def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int = 64):
         self._cfg, self._protocol, self._tokenizer, self._rows = cfg, protocol, tokenizer, rows
 
+        most = cfg.world_model.goals
+
         def write(params, prompt, key):
-            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1)
+            view = goals.drawn_view(net, protocol, params, prompt, most, jax.random.fold_in(key, 1))
+            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, user_view=view)
 
         def weigh(params, dialogue, from_B):
+            if most:  # what it says now may tell what it wants, as what it has said did
+                prompt = rollout.prefix(protocol, dialogue, from_B)
+                whole_B, before_B = (goals.log_evidence(net, protocol, params, d, most) for d in (dialogue, prompt))
+                return whole_B - before_B
             replied_BT = jnp.arange(cfg.tokens)[None] >= from_B[:, None]
             said_BT = replied_BT & (dialogue.author_BT == pr.USER)
             return -jnp.sum(jnp.where(said_BT, score(net, protocol, params, dialogue).nll_BT, 0.0), axis=1)

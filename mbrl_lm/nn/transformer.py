@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         x_BTD = self.embed_VD.astype(self.dtype())[token_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
         if self.cfg.word_dropout and self.has_rng("dropout"):
             kept_BT = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.cfg.word_dropout, token_BT.shape)
-            x_BTD = jnp.where((kept_BT | (token_BT < pr.NUMBER))[..., None], x_BTD, 0)
+            x_BTD = jnp.where((kept_BT | (token_BT < pr.FIRST_PIECE))[..., None], x_BTD, 0)
         spoken_BT, spoken_BS = None, None if cache is None else cache.spoken_BS
         if self.cfg.speakers or self.cfg.tracked:
             spoken_BT, spoken_BS = turn_marks(token_BT, spoken_BS, index)

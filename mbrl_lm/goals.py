@@ -1,0 +1,118 @@
+"""What the user wants, as a hidden variable: an imagined user then keeps to it, as a real one does.
+
+A context lists items, a separator between them; the user wants one of those that are as long as the first. The assistant
+does not know which one, the user does: in its *own view* of a dialogue that item z stands first, and a mark in the place of
+BOS says so. Recorded users do not tell z either. It is inferred by Bayes' rule from what they have said,
+
+    p(z | said) ~ product over the user's tokens of p(token | own view of z, tokens before it),   z uniform beforehand,
+
+with the network itself, which learns the user's words in own views of a z that is drawn from this (stochastic EM: Celeux &
+Diebolt 1985). In imagination z is drawn in the same way, from the prompt. At first the network knows nothing, and what
+stands first may come to mean what is not wanted; so learning begins with a hint, who wants an item says words of it, and for a
+while takes the likeliest z, since views of others teach nothing (classification EM: Celeux & Govaert 1992).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_lm import protocol as pr
+from mbrl_lm.micro_batches import mapped
+from mbrl_lm.nn import Net
+from mbrl_lm.scoring import score
+from mbrl_lm.types import Array, Dialogue, Params
+
+MARK = pr.NUMBER + 1  # stands for BOS: what is listed first is what the user wants
+WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it
+ROWS_AT_ONCE = 64  # that are read in one forward pass
+
+
+def item_width(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
+    """i32 (B,): tokens of the first item of each context with its separator; 0 where nothing is listed."""
+    separates_BT = (dialogue.token_BT == protocol.separator) & (dialogue.author_BT == pr.CONTEXT)
+    return jnp.argmax(separates_BT, axis=1).astype(jnp.int32)
+
+
+def items(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
+    """bool (B, Z): whether there is an item z = 0, 1, ... up to `most`, as long as the first. There always is the first."""
+    separates_BT = (dialogue.token_BT == protocol.separator) & (dialogue.author_BT == pr.CONTEXT)
+    before_BT = jnp.cumsum(separates_BT, axis=1)
+    end_BZ = item_width(protocol, dialogue)[:, None] * (1 + jnp.arange(most))[None]
+    inside_BZ = end_BZ < separates_BT.shape[1]
+    end_BZ = jnp.where(inside_BZ, end_BZ, 0)
+    # Item z ends at a separator, the z-th one after the first's.
+    there_BZ = inside_BZ & jnp.take_along_axis(separates_BT, end_BZ, axis=1)
+    there_BZ &= jnp.take_along_axis(before_BT, end_BZ, axis=1) == 1 + jnp.arange(most)[None]
+    return (jnp.cumprod(there_BZ, axis=1) > 0).at[:, 0].set(True)
+
+
+def own_view(protocol: pr.Protocol, dialogue: Dialogue, z_B: Array) -> Dialogue:
+    """The dialogues as a user sees them who wants item z: it stands first, those before it one place later, and the mark."""
+    T = dialogue.token_BT.shape[1]
+    place_T = jnp.arange(T)[None]
+    width_B1, z_B1 = item_width(protocol, dialogue)[:, None], z_B[:, None]
+    from_BT = jnp.where(place_T <= width_B1 * (z_B1 + 1), place_T - width_B1, place_T)
+    from_BT = jnp.where(place_T <= width_B1, place_T + width_B1 * z_B1, from_BT)
+    from_BT = jnp.minimum(from_BT, T - 1).at[:, 0].set(0)  # past the end where there is no item z
+    token_BT = jnp.take_along_axis(dialogue.token_BT, from_BT, axis=1)
+    return dialogue.replace(token_BT=token_BT.at[:, 0].set(MARK))
+
+
+def mentions(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
+    """f32 (B, Z): how many of the words of each item the user says, however often."""
+    token_BT, user_BT = dialogue.token_BT, dialogue.author_BT == pr.USER
+    said_BT = jnp.any((token_BT[:, :, None] == token_BT[:, None]) & user_BT[:, None], axis=2)
+    said_BT &= (dialogue.author_BT == pr.CONTEXT) & (token_BT != protocol.separator)
+    width_B1 = jnp.maximum(item_width(protocol, dialogue), 1)[:, None]
+    item_BT = (jnp.arange(token_BT.shape[1])[None] - 1) // width_B1
+    return jnp.sum(said_BT[:, None] & (item_BT[:, None] == jnp.arange(most)[None, :, None]), axis=2, dtype=jnp.float32)
+
+
+def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
+    """f32 (B, Z): log p(all that the user says | own view of z), nats; -inf where there is no item z."""
+    B, Z = dialogue.token_BT.shape[0], most
+
+    def said(x) -> Array:
+        nll_BT = score(net, protocol, params, x[0]).nll_BT
+        return -jnp.sum(jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0), axis=1)
+
+    z_R = jnp.tile(jnp.arange(Z), B)
+    views = own_view(protocol, jax.tree.map(lambda x: jnp.repeat(x, Z, axis=0), dialogue), z_R)
+    widths = sorted({round(dialogue.token_BT.shape[1] * part) for part in WIDTHS})
+    parts = -(-B * Z // ROWS_AT_ONCE)
+    while B * Z % parts:
+        parts += 1
+    logp_BZ = mapped(said, widths, (views,), parts).reshape(B, Z)
+    return jnp.where(items(protocol, dialogue, Z), logp_BZ, -jnp.inf)
+
+
+def log_evidence(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
+    """f32 (B,): log p(all that the user says), whatever it wants: the mean over the items, nats."""
+    logp_BZ = log_likelihoods(net, protocol, params, dialogue, most)
+    return jax.nn.logsumexp(logp_BZ, axis=1) - jnp.log(jnp.sum(logp_BZ > -jnp.inf, axis=1))
+
+
+def drawn_view(
+    net: Net,
+    protocol: pr.Protocol,
+    params: Params,
+    dialogue: Dialogue,
+    most: int,
+    key: Array,
+    hint: Array | float = 0.0,
+    sharpness: Array | float = 1.0,
+) -> Dialogue | None:
+    """The dialogues as users see them who want what is drawn given what they have said in them; None for `most` = 0.
+
+    Args:
+      net, protocol, params: of the user.
+      dialogue: (B, T).
+      most: Z, the items among which there is what the user wants.
+      key: of what is drawn; a row's goal depends on its uid, not on its batch.
+      hint: nats for each word of an item that the user says.
+      sharpness: power of the distribution that is drawn from; where it is large, the likeliest goals are taken.
+    """
+    if not most:
+        return None
+    logp_BZ = log_likelihoods(net, protocol, params, dialogue, most) + hint * mentions(protocol, dialogue, most)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, dialogue.uid_B)
+    return own_view(protocol, dialogue, jax.vmap(jax.random.categorical)(keys, sharpness * logp_BZ))
