@@ -104,7 +104,7 @@ def _imagination(full: Config) -> list[Row]:
         Row("5_live", who, {"imagine.user": "live"}, "imagined user refreshed in every update"),
         Row("5_population", who, {"imagine.user": "population"}, "drawn from past users: harder to exploit"),
         Row("5_goals", who, goals, "it wants one of the places, inferred from what it says, and keeps to it", start=goals,
-            expects="higher"),
+            expects="higher", tried=4),
         Row("5_oracle", who, {"imagine.user": "oracle", **OFF}, "the true user imagines: what a perfect model is worth",
             expects="higher"),
     ]  # fmt: skip

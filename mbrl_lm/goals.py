@@ -8,9 +8,11 @@ BOS says so. Recorded users do not tell z either. It is inferred by Bayes' rule 
 
 with the network itself, which learns the user's words in own views of a z that is drawn from this (stochastic EM: Celeux &
 Diebolt 1985). In imagination z is drawn in the same way, from the prompt. At first the network knows nothing, and what
-stands first may come to mean what is not wanted; so learning begins with a hint, who wants an item says words of it, and for a
-while takes the likeliest z, since views of others teach nothing (classification EM: Celeux & Govaert 1992).
+stands first may come to mean what is not wanted; so learning begins with a hint: who wants an item says words of it. And
+until it can tell them apart, it takes the likeliest z: drawn ones would teach it little (Celeux & Govaert 1992).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,6 @@ from mbrl_lm.scoring import score
 from mbrl_lm.types import Array, Dialogue, Params
 
 MARK = pr.NUMBER + 1  # stands for BOS: what is listed first is what the user wants
-WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it
 ROWS_AT_ONCE = 64  # that are read in one forward pass
 
 
@@ -77,11 +78,8 @@ def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: D
 
     z_R = jnp.tile(jnp.arange(Z), B)
     views = own_view(protocol, jax.tree.map(lambda x: jnp.repeat(x, Z, axis=0), dialogue), z_R)
-    widths = sorted({round(dialogue.token_BT.shape[1] * part) for part in WIDTHS})
-    parts = -(-B * Z // ROWS_AT_ONCE)
-    while B * Z % parts:
-        parts += 1
-    logp_BZ = mapped(said, widths, (views,), parts).reshape(B, Z)
+    parts = B * Z // math.gcd(B * Z, ROWS_AT_ONCE)
+    logp_BZ = mapped(said, (dialogue.token_BT.shape[1] // 2,), (views,), parts).reshape(B, Z)
     return jnp.where(items(protocol, dialogue, Z), logp_BZ, -jnp.inf)
 
 

@@ -93,7 +93,6 @@ class Lookahead:
 
         With `room`, on no wider a cache than leaves every row that many tokens: dialogues that need more are cut there.
         """
-
         most = self.cfg.world_model.goals if replies else 0
 
         def at(width: int, prompt: Dialogue) -> Dialogue:

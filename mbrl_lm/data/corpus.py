@@ -63,18 +63,17 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         write_atomic(model, tokenizer.train(itertools.chain(texts, known), cfg.tokenizer))
     pieces = tokenizer.load(str(model))
     kind, renamings = DATASETS[cfg.data].kind, DATASETS[cfg.data].renamings
-    separator = pieces.encode(SEPARATOR)
-    separator = separator[0] if len(separator) == 1 and separator[0] not in pieces.unknown else -1
-    if cfg.world_model.goals and separator < 0:
+    between = separator(pieces)
+    if cfg.world_model.goals and (between < 0 or not any(SEPARATOR in record.context for record in train)):
         raise config.ConfigError(
             f"world_model.goals needs contexts that list items, {SEPARATOR!r} between them: set it to 0"
         )
-    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, separator)
+    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, between)
     if kind == "negotiation":
-        known = {record.scenario for record in train} & {record.scenario for record in val}
-        if known:
+        shared = {record.scenario for record in train} & {record.scenario for record in val}
+        if shared:
             places = f"train.txt and in {cfg.eval.split}.txt"
-            raise DataError(f"{data_dir}: the scenario {min(known)!r} is in {places}: move it to one side")
+            raise DataError(f"{data_dir}: the scenario {min(shared)!r} is in {places}: move it to one side")
         train, others = hold_out(train, cfg.partner.share)
 
     def tokens(records):
@@ -95,6 +94,12 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         train_records=train,
         val_records=val,
     )
+
+
+def separator(pieces: Tokenizer) -> int:
+    """The token between the items that a context lists; -1 if the tokenizer has none."""
+    tokens = pieces.encode(SEPARATOR)
+    return tokens[0] if len(tokens) == 1 and tokens[0] not in pieces.unknown else -1
 
 
 def rename(

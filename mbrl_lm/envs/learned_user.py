@@ -40,7 +40,6 @@ class LearnedUser:
 
     def __init__(self, cfg: config.Config, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, rows: int = 64):
         self._cfg, self._protocol, self._tokenizer, self._rows = cfg, protocol, tokenizer, rows
-
         most = cfg.world_model.goals
 
         def write(params, prompt, key):
