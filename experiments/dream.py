@@ -44,11 +44,9 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
         plan = make_planner(cfg, net, protocol)
         prompt = plan(state.params, prompt, jax.random.fold_in(key, 3), temperature_R, words).dialogue
         turns -= 1
-    knows, goal_key = state.params if user is None else user, jax.random.fold_in(key, 4)
-    view = goals.drawn_view(net, protocol, knows, prompt, cfg.world_model.goals, goal_key)
-    return rollout.imagine(
-        net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns, temperature=temperature_R, user=user,
-        user_view=view, copies=cfg.imagine.candidates,
+    return goals.imagine(
+        cfg.world_model.goals, net, protocol, state.params, prompt, write_key, tokens=cfg.tokens, turns=turns,
+        temperature=temperature_R, user=user, copies=cfg.imagine.candidates,
     )  # fmt: skip
 
 

@@ -47,10 +47,7 @@ class Evaluation:
 
         def retell(params, real, key):
             opening = rollout.from_an_opening(corpus.protocol, real, key)
-            view = goals.drawn_view(net, corpus.protocol, params, opening, most, jax.random.fold_in(key, 1))
-            return rollout.imagine(
-                net, corpus.protocol, params, opening, key, tokens=cfg.tokens, turns=RETOLD_TURNS, user_view=view
-            )
+            return goals.imagine(most, net, corpus.protocol, params, opening, key, tokens=cfg.tokens, turns=RETOLD_TURNS)
 
         self._retell = pjit(retell, mesh)
 

@@ -12,30 +12,34 @@ stands first may come to mean what is not wanted; so learning begins with a hint
 until it can tell them apart, it takes the likeliest z: drawn ones would teach it little (Celeux & Govaert 1992).
 """
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mbrl_lm import protocol as pr
-from mbrl_lm.micro_batches import mapped
+from mbrl_lm import rollout
+from mbrl_lm.micro_batches import ROWS_AT_ONCE, mapped, parts_of
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.types import Array, Dialogue, Params
 
 MARK = pr.NUMBER + 1  # stands for BOS: what is listed first is what the user wants
-ROWS_AT_ONCE = 64  # that are read in one forward pass
+
+
+def separates(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
+    """bool (B, T): tokens of the context that stand after an item."""
+    return (dialogue.token_BT == protocol.separator) & (dialogue.author_BT == pr.CONTEXT)
 
 
 def item_width(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
     """i32 (B,): tokens of the first item of each context with its separator; 0 where nothing is listed."""
-    separates_BT = (dialogue.token_BT == protocol.separator) & (dialogue.author_BT == pr.CONTEXT)
-    return jnp.argmax(separates_BT, axis=1).astype(jnp.int32)
+    return jnp.argmax(separates(protocol, dialogue), axis=1).astype(jnp.int32)
 
 
 def items(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
     """bool (B, Z): whether there is an item z = 0, 1, ... up to `most`, as long as the first. There always is the first."""
-    separates_BT = (dialogue.token_BT == protocol.separator) & (dialogue.author_BT == pr.CONTEXT)
+    separates_BT = separates(protocol, dialogue)
     before_BT = jnp.cumsum(separates_BT, axis=1)
     end_BZ = item_width(protocol, dialogue)[:, None] * (1 + jnp.arange(most))[None]
     inside_BZ = end_BZ < separates_BT.shape[1]
@@ -70,17 +74,15 @@ def mentions(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
 
 def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
     """f32 (B, Z): log p(all that the user says | own view of z), nats; -inf where there is no item z."""
-    B, Z = dialogue.token_BT.shape[0], most
+    B, T = dialogue.token_BT.shape
 
     def said(x) -> Array:
         nll_BT = score(net, protocol, params, x[0]).nll_BT
         return -jnp.sum(jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0), axis=1)
 
-    z_R = jnp.tile(jnp.arange(Z), B)
-    views = own_view(protocol, jax.tree.map(lambda x: jnp.repeat(x, Z, axis=0), dialogue), z_R)
-    parts = B * Z // math.gcd(B * Z, ROWS_AT_ONCE)
-    logp_BZ = mapped(said, (dialogue.token_BT.shape[1] // 2,), (views,), parts).reshape(B, Z)
-    return jnp.where(items(protocol, dialogue, Z), logp_BZ, -jnp.inf)
+    views = own_view(protocol, rollout.copied(dialogue, most), jnp.tile(jnp.arange(most), B))
+    logp_BZ = mapped(said, (T // 2,), (views,), parts_of(B * most, ROWS_AT_ONCE)).reshape(B, most)
+    return jnp.where(items(protocol, dialogue, most), logp_BZ, -jnp.inf)
 
 
 def log_evidence(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
@@ -96,21 +98,37 @@ def drawn_view(
     dialogue: Dialogue,
     most: int,
     key: Array,
-    hint: Array | float = 0.0,
+    prior_BZ: Array | float = 0.0,
     sharpness: Array | float = 1.0,
-) -> Dialogue | None:
-    """The dialogues as users see them who want what is drawn given what they have said in them; None for `most` = 0.
+) -> Dialogue:
+    """The dialogues as users see them who want what is drawn given what they have said in them.
 
     Args:
       net, protocol, params: of the user.
       dialogue: (B, T).
       most: Z, the items among which there is what the user wants.
       key: of what is drawn; a row's goal depends on its uid, not on its batch.
-      hint: nats for each word of an item that the user says.
+      prior_BZ: nats for each item beforehand.
       sharpness: power of the distribution that is drawn from; where it is large, the likeliest goals are taken.
     """
-    if not most:
-        return None
-    logp_BZ = log_likelihoods(net, protocol, params, dialogue, most) + hint * mentions(protocol, dialogue, most)
+    logp_BZ = log_likelihoods(net, protocol, params, dialogue, most) + prior_BZ
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, dialogue.uid_B)
     return own_view(protocol, dialogue, jax.vmap(jax.random.categorical)(keys, sharpness * logp_BZ))
+
+
+def imagine(
+    most: int,
+    net: Net,
+    protocol: pr.Protocol,
+    params: Params,
+    prompt: Dialogue,
+    key: Array,
+    *,
+    user: Params | None = None,
+    **settings: Any,
+) -> Dialogue:
+    """`rollout.imagine`, whose arguments it takes, with users who want one of `most` items; 0: they have no goals."""
+    view = None
+    if most:
+        view = drawn_view(net, protocol, params if user is None else user, prompt, most, jax.random.fold_in(key, 1))
+    return rollout.imagine(net, protocol, params, prompt, key, user=user, user_view=view, **settings)

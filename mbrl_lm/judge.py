@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, goals, learner, nn, rollout, value
+from mbrl_lm import config, goals, learner, nn, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
 from mbrl_lm.data.batches import chunks, join, text_batches
@@ -77,10 +77,9 @@ class Imagination:
             return jnp.sum(REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W), axis=1)
 
         def imagine(params, opening, temperature_R, key):
-            view = goals.drawn_view(net, protocol, params, opening, cfg.world_model.goals, jax.random.fold_in(key, 1))
-            whole = rollout.imagine(
-                net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns, temperature=temperature_R,
-                user_view=view,
+            whole = goals.imagine(
+                cfg.world_model.goals, net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns,
+                temperature=temperature_R,
             )  # fmt: skip
             return learned_return(params, whole), whole
 

@@ -8,7 +8,6 @@ tokens only.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl_lm import config, guards, policy, value, world_model
+from mbrl_lm import config, guards, micro_batches, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.micro_batches import by_length, narrowed, split_rows
 from mbrl_lm.nn import Net
@@ -218,7 +217,7 @@ def make_update(
     """
 
     def parts_of(rows: int) -> int:
-        return rows // math.gcd(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
+        return micro_batches.parts_of(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
 
     targets = make_targets(net, protocol, cfg, parts_of, rl, shards)
     widths = cfg.widths if rl else ()  # batches to learn by likelihood from come in dialogues of like length

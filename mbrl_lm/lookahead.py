@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, goals, rollout, value
+from mbrl_lm import config, goals, value
 from mbrl_lm import protocol as pr
-from mbrl_lm.micro_batches import mapped
+from mbrl_lm.micro_batches import ROWS_AT_ONCE, mapped, parts_of
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.rollout import last_of, prompt_lengths
 from mbrl_lm.turns import find_turns, gather
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
-ROWS_AT_ONCE = 64  # that are read in one forward pass
 WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is written on the first of them that holds it
 READ_WIDTHS = (0.25, 0.375, 0.5, 0.75, 1.0)  # the same for reading, which is compiled sooner
 NARROWEST = 16  # tokens of any width: rewards read numbers at fixed places of the context
@@ -89,26 +87,24 @@ class Lookahead:
         room: int = 0,
         replies: bool = False,
     ):
-        """`rollout.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals.
+        """`goals.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals.
 
         With `room`, on no wider a cache than leaves every row that many tokens: dialogues that need more are cut there.
         """
         most = self.cfg.world_model.goals if replies else 0
 
         def at(width: int, prompt: Dialogue) -> Dialogue:
-            prompt = jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt)
-            knows, goal_key = params if user is None else user, jax.random.fold_in(key, 1)
-            written = rollout.imagine(
+            written = goals.imagine(
+                most,
                 self.net,
                 self.protocol,
                 params,
-                prompt,
+                jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt),
                 key,
                 tokens=width,
                 turns=turns,
                 temperature=temperature,
                 user=user,
-                user_view=goals.drawn_view(self.net, self.protocol, knows, prompt, most, goal_key),
                 copies=copies,
                 halvings=HALVINGS if turns > 1 else 0,  # single turns are of like length
             )
@@ -138,7 +134,7 @@ class Lookahead:
         A future that was cut before the user had replied is worth what the state was in which the turn opened: nothing was
         learnt of it. Futures are read a part at a time, however many there are.
         """
-        parts = from_B.shape[0] // math.gcd(from_B.shape[0], ROWS_AT_ONCE)
+        parts = parts_of(from_B.shape[0], ROWS_AT_ONCE)
         return mapped(functools.partial(self._look, params), self.read_widths, (dialogue, from_B), parts)
 
     def _look(self, params: Params, rows: tuple[Dialogue, Array]) -> Outlook:

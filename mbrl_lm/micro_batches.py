@@ -1,5 +1,6 @@
 """Rows of an update divided into parts, each of them computed on no more tokens than it has."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,13 @@ import jax.numpy as jnp
 from mbrl_lm.rollout import prompt_lengths
 from mbrl_lm.sharding import constrain
 from mbrl_lm.types import Array, Dialogue
+
+ROWS_AT_ONCE = 64  # that are read in one forward pass, where nothing is differentiated
+
+
+def parts_of(rows: int, at_once: int) -> int:
+    """Into how many parts rows are divided, so that all have the same number, at most `at_once`."""
+    return rows // math.gcd(rows, at_once)
 
 
 def split_rows(tree: Any, parts: int) -> Any:

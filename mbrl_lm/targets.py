@@ -175,17 +175,18 @@ def make_targets(
         kept_BU = turns.mask_BU & (guards.before_first(stop_BU & turns.mask_BU) | ~imagined_B1)
         return doubt_BU, turns.replace(mask_BU=kept_BU, last_BU=turns.last_BU & kept_BU)
 
-    def owners_views(state: TrainState, real: Dialogue, key: Array) -> Dialogue | None:
+    def owners_views(state: TrainState, real: Dialogue, key: Array) -> Dialogue:
         """Real dialogues as their users see them, whose goals the slow parameters infer; one in two while there are many."""
         if rl:
             return goals.drawn_view(net, protocol, state.target, real, cfg.world_model.goals, key)
         every = 1 if real.token_BT.shape[0] % (2 * shards) else 2
         some, thirds = jax.tree.map(lambda x: x[::every], real), 3 * state.step // cfg.train.supervised_steps
-        hint, sharpness = jnp.where(thirds < 1, HINT, 0.0), jnp.where(thirds < 2, SHARPNESS, 1.0)
-        return goals.drawn_view(net, protocol, state.target, some, cfg.world_model.goals, key, hint, sharpness)
+        hint_BZ = jnp.where(thirds < 1, HINT, 0.0) * goals.mentions(protocol, some, cfg.world_model.goals)
+        sharpness = jnp.where(thirds < 2, SHARPNESS, 1.0)
+        return goals.drawn_view(net, protocol, state.target, some, cfg.world_model.goals, key, hint_BZ, sharpness)
 
     def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
-        own = owners_views(state, real, jax.random.fold_in(key, 1))
+        own = owners_views(state, real, jax.random.fold_in(key, 1)) if cfg.world_model.goals else None
         kinds = [rows for rows in (real, own, imagined) if rows is not None]
         rows = jax.tree.map(lambda *x: jnp.concatenate(x), *kinds)
         target_BT = rows.token_BT

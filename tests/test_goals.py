@@ -94,7 +94,6 @@ def test_goals_are_drawn_as_bayes_rule_has_them_whatever_the_batch():
     np.testing.assert_allclose(share, np.exp(logp_Z) / np.exp(logp_Z).sum(), atol=0.04)
     some = goals.drawn_view(net, CHAT, {}, take(many, slice(7, 12)), 3, KEY)
     np.testing.assert_array_equal(some.token_BT, np.asarray(seen.token_BT)[7:12])
-    assert goals.drawn_view(net, CHAT, {}, many, 0, KEY) is None
 
 
 # ---- imagination ----
@@ -120,6 +119,16 @@ def test_the_user_speaks_from_its_own_view_and_the_assistant_from_the_public_one
         assert said_BT.sum() > 8
         logp_BT = np.asarray(score(W.net, CHAT, params, seen).logp_BT)
         np.testing.assert_allclose(np.asarray(whole.logp_BT)[said_BT], logp_BT[said_BT], atol=1e-4)
+
+
+def test_imagined_users_have_goals_where_they_are_asked_for():
+    settings = {"tokens": 24, "turns": 4}
+    for user in (None, noisy(W.params, 3)):
+        drawn = goals.drawn_view(W.net, CHAT, user or W.params, PROMPTS, 3, jax.random.fold_in(KEY, 1))
+        whole = goals.imagine(3, W.net, CHAT, W.params, PROMPTS, KEY, user=user, **settings)
+        np.testing.assert_array_equal(whole.token_BT, imagined(drawn, user).token_BT)
+        without = goals.imagine(0, W.net, CHAT, W.params, PROMPTS, KEY, user=user, **settings)
+        np.testing.assert_array_equal(without.token_BT, imagined(user=user).token_BT)
 
 
 # ---- learning ----
@@ -167,7 +176,8 @@ def test_a_user_mentions_the_items_whose_words_it_says():
 def test_a_hint_counts_the_words_of_an_item():
     net, rows = told({}), 2000
     many = dialogue(CHAT, ["bos a b h a c h b e h >u a >a e >u c stop"] * rows)
-    seen = np.asarray(goals.drawn_view(net, CHAT, {}, many, 3, KEY, hint=np.log(2.0)).token_BT)[:, 1:3]
+    hint_BZ = np.log(2.0) * goals.mentions(CHAT, many, 3)
+    seen = np.asarray(goals.drawn_view(net, CHAT, {}, many, 3, KEY, hint_BZ).token_BT)[:, 1:3]
     share = [np.mean(np.all(seen == tokens(item), axis=1)) for item in ("a b", "a c", "b e")]
     np.testing.assert_allclose(share, np.array([2, 4, 1]) / 7, atol=0.04)
 

@@ -43,8 +43,7 @@ class LearnedUser:
         most = cfg.world_model.goals
 
         def write(params, prompt, key):
-            view = goals.drawn_view(net, protocol, params, prompt, most, jax.random.fold_in(key, 1))
-            return rollout.imagine(net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1, user_view=view)
+            return goals.imagine(most, net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1)
 
         def weigh(params, dialogue, from_B):
             if most:  # what it says now may tell what it wants, as what it has said did
