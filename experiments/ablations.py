@@ -32,11 +32,11 @@ MAIN = ("full", "1b_model_free", "11_greedy")
 QUICK = ("full", "1b_model_free", "5_none", "8_none")
 CLAIMS = (
     Claim("The model helps", "full", "true/success", "difference", "1b_model_free", 0.15),
-    Claim("The same, with users that keep to what they want", "5_goals", "true/success", "difference", "1b_model_free", 0.15),
+    Claim("The same, with users that keep to a goal", "5_goals", "true/success", "difference", "1b_model_free", 0.15),
     Claim("Several turns beat the next one", "full", "true/success", "difference", "11_greedy", 0.2),
     Claim("The level, on seen types (or the next)", "full", "true/success/seen", "level", target=0.8),
     Claim("The level, of the true user's (or the last)", "full", "true/success/seen", "ratio", "5_oracle", 0.9),
-    Claim("The same, with users that keep to what they want", "5_goals", "true/success/seen", "ratio", "5_oracle", 0.9),
+    Claim("The same, with users that keep to a goal", "5_goals", "true/success/seen", "ratio", "5_oracle", 0.9),
     Claim("Guards halve the gap", "8_all", "gap/total", "ratio_below", "8_none", 0.5),
     Claim("Guards cost no success", "8_all", "true/success", "no_loss", "8_none"),
 )
