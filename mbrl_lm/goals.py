@@ -112,8 +112,21 @@ def drawn_view(
       sharpness: power of the distribution that is drawn from; where it is large, the likeliest goals are taken.
     """
     logp_BZ = log_likelihoods(net, protocol, params, dialogue, most) + prior_BZ
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, dialogue.uid_B)
-    return own_view(protocol, dialogue, jax.vmap(jax.random.categorical)(keys, sharpness * logp_BZ))
+    return own_view(protocol, dialogue, drawn(sharpness * logp_BZ, key, dialogue.uid_B))
+
+
+def drawn(logp_BZ: Array, key: Array, uid_B: Array, copies: int = 1) -> Array:
+    """i32 (B * copies,): items, each drawn from softmax(logp); the copies of a row stand next to each other.
+
+    They share out what is likely among them (systematic sampling: Kitagawa 1996), so that their mean hangs little on luck.
+    The first one is what would be drawn alone.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, uid_B)
+    start_B1 = jax.vmap(jax.random.uniform)(keys)[:, None]
+    place_BC = (start_B1 + jnp.arange(copies)[None] / copies) % 1.0
+    edge_BZ = jnp.cumsum(jax.nn.softmax(logp_BZ, axis=1), axis=1)
+    edge_BZ /= edge_BZ[:, -1:]  # exactly 1 from the last item on that there is
+    return jnp.sum(place_BC[:, :, None] >= edge_BZ[:, None, :-1], axis=-1, dtype=jnp.int32).reshape(-1)
 
 
 def imagine(
@@ -125,10 +138,18 @@ def imagine(
     key: Array,
     *,
     user: Params | None = None,
+    copies: int = 1,
+    logp_BZ: Array | None = None,
     **settings: Any,
 ) -> Dialogue:
-    """`rollout.imagine`, whose arguments it takes, with users who want one of `most` items; 0: they have no goals."""
+    """`rollout.imagine`, whose arguments it takes, with users who want one of `most` items; 0: they have no goals.
+
+    Every copy of a prompt has a user of its own. `logp_BZ`: the log-likelihoods of what was said, if they are known.
+    """
     view = None
     if most:
-        view = drawn_view(net, protocol, params if user is None else user, prompt, most, jax.random.fold_in(key, 1))
-    return rollout.imagine(net, protocol, params, prompt, key, user=user, user_view=view, **settings)
+        if logp_BZ is None:
+            logp_BZ = log_likelihoods(net, protocol, params if user is None else user, prompt, most)
+        z_B = drawn(logp_BZ, jax.random.fold_in(key, 1), prompt.uid_B, copies)
+        view = own_view(protocol, rollout.copied(prompt, copies), z_B)
+    return rollout.imagine(net, protocol, params, prompt, key, user=user, user_view=view, copies=copies, **settings)

@@ -86,6 +86,7 @@ class Lookahead:
         copies: int = 1,
         room: int = 0,
         replies: bool = False,
+        logp_BZ: Array | None = None,
     ):
         """`goals.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals.
 
@@ -106,6 +107,7 @@ class Lookahead:
                 temperature=temperature,
                 user=user,
                 copies=copies,
+                logp_BZ=logp_BZ,
                 halvings=HALVINGS if turns > 1 else 0,  # single turns are of like length
             )
             return self._widened(written)
@@ -116,6 +118,11 @@ class Lookahead:
         branches = [functools.partial(at, width) for width in widths]
         written = jax.lax.switch(jnp.minimum(place, len(widths) - 1), branches, prompt)
         return written, prompt_lengths(written) - jnp.repeat(length_B, copies)
+
+    def wanted(self, params: Params, prompt: Dialogue) -> Array | None:
+        """How likely each goal makes what users have said in prompts; None where they have no goals."""
+        most = self.cfg.world_model.goals
+        return goals.log_likelihoods(self.net, self.protocol, params, prompt, most) if most else None
 
     def _widened(self, dialogue: Dialogue) -> Dialogue:
         """The same with room for T tokens."""

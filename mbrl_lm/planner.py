@@ -124,6 +124,7 @@ def _iterated(ahead: Lookahead) -> Planner:
 
     def decide(params, prompt, key, temperature, user=None):
         from_B, B = prompt_lengths(prompt), prompt.uid_B.shape[0]
+        wanted_BZ = ahead.wanted(params if user is None else user, prompt)  # a candidate tells nothing new of it
 
         def written(base: Dialogue, copies: int, key: Array) -> tuple[Pool, Array]:
             """New candidates, nothing known of them, and the tokens that they took of each prompt."""
@@ -140,8 +141,9 @@ def _iterated(ahead: Lookahead) -> Planner:
             if plan.depth:
                 turns = 2 * plan.depth - 1
                 room = plan.future_tokens
+                logp_BZ = None if wanted_BZ is None else jnp.repeat(wanted_BZ, rows // B, axis=0)
                 future, tokens_B = ahead.write(
-                    params, future, key, temperature, user, turns=turns, copies=M, room=room, replies=True
+                    params, future, key, temperature, user, turns=turns, copies=M, room=room, replies=True, logp_BZ=logp_BZ
                 )
             look = ahead.look(params, future, jnp.repeat(from_B, rows // B * M))
             return_BM = look.return_B.reshape(rows, M)

@@ -245,8 +245,10 @@ def _converse(
             return jax.tree.map(lambda x, y: x.at[row_R].set(y), _without_cache(rows), rest)
         return _without_cache(rows)
 
-    prompts = [copied(view.prompt, copies).replace(uid_B=copy_uids(view.prompt.uid_B, copies)) for view in views]
-    streams = [_start(protocol, view, tokens, copies) for view in views]
+    total = views[0].prompt.uid_B.shape[0] * copies
+    each = [total // view.prompt.uid_B.shape[0] for view in views]  # 1 where a view has a row for every copy
+    prompts = [copied(v.prompt, n).replace(uid_B=copy_uids(v.prompt.uid_B, n)) for v, n in zip(views, each, strict=True)]
+    streams = [_start(protocol, view, tokens, n) for view, n in zip(views, each, strict=True)]
     first = prompts[0]
     length_B = prompt_lengths(first)
     done_B = (streams[0].role_B == pr.END) | first.ended_B
@@ -302,7 +304,8 @@ def imagine(
       turns: turns written, either side's, before a row is cut: 1 writes the speaker's turn, 2 h imagines h replies to it.
       temperature: of the sampling distribution, one or per role.
       user: other parameters of the same network, which speak for the user and read the outcome.
-      user_view: the prompts as the user sees them, if otherwise: another context of the same length.
+      user_view: the prompts as the user sees them, if otherwise: another context of the same length; of every prompt, or of
+        every copy.
       copies: how often each prompt is continued; it is read once. Copies stand next to each other, and the first one is what
         would be written alone.
       halvings: so many times the loop goes on with half of the rows once the others have ended; each is compiled apart.

@@ -96,6 +96,15 @@ def test_goals_are_drawn_as_bayes_rule_has_them_whatever_the_batch():
     np.testing.assert_array_equal(some.token_BT, np.asarray(seen.token_BT)[7:12])
 
 
+def test_copies_share_out_among_them_what_is_likely():
+    logp_BZ = jnp.log(jnp.tile(jnp.array([[0.5, 0.25, 0.25, 0.0], [0.0, 1.0, 0.0, 0.0]]), (100, 1)))
+    uid_B = jnp.arange(200, dtype=jnp.uint32)
+    z_BC = np.asarray(goals.drawn(logp_BZ, KEY, uid_B, copies=4)).reshape(200, 4)
+    assert np.sort(z_BC[::2]).tolist() == [[0, 0, 1, 2]] * 100
+    assert z_BC[1::2].tolist() == [[1, 1, 1, 1]] * 100
+    np.testing.assert_array_equal(z_BC[:, 0], goals.drawn(logp_BZ, KEY, uid_B))
+
+
 # ---- imagination ----
 
 PROMPTS = dialogue(CHAT, ["bos a b h c d h e f h g >u a >a", "bos c d h a b h >u a >a e >u"] * 4, ended=[False] * 8)
@@ -129,6 +138,19 @@ def test_imagined_users_have_goals_where_they_are_asked_for():
         np.testing.assert_array_equal(whole.token_BT, imagined(drawn, user).token_BT)
         without = goals.imagine(0, W.net, CHAT, W.params, PROMPTS, KEY, user=user, **settings)
         np.testing.assert_array_equal(without.token_BT, imagined(user=user).token_BT)
+
+
+def test_every_copy_of_a_prompt_has_a_user_of_its_own():
+    """What was said is known beforehand here: whatever the users said, each item is as likely."""
+    settings, user, copies = {"tokens": 24, "turns": 4}, noisy(W.params, 3), 3
+    even_BZ = jnp.zeros((8, 3))
+    z_B = goals.drawn(even_BZ, jax.random.fold_in(KEY, 1), PROMPTS.uid_B, copies)
+    assert np.sort(np.asarray(z_B).reshape(8, copies)).tolist() == [[0, 1, 2]] * 8
+    some = goals.imagine(3, W.net, CHAT, W.params, PROMPTS, KEY, user=user, copies=copies, logp_BZ=even_BZ, **settings)
+    each = rollout.copied(PROMPTS, copies).replace(uid_B=rollout.copy_uids(PROMPTS.uid_B, copies))
+    view = goals.own_view(CHAT, each, z_B)
+    alone = rollout.imagine(W.net, CHAT, W.params, each, KEY, user=user, user_view=view, **settings)
+    np.testing.assert_array_equal(some.token_BT, alone.token_BT)
 
 
 # ---- learning ----
