@@ -8,10 +8,10 @@ import numpy as np
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import join, lengths, take
+from mbrl_lm.data.batches import lengths, take
 from mbrl_lm.envs import ENVS
 from mbrl_lm.nn import Net
-from mbrl_lm.planner import make_planner
+from mbrl_lm.planner import Planned, make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
 from mbrl_lm.tokenizer import Tokenizer
@@ -21,13 +21,13 @@ ENDING = {"": pr.TO_ASSISTANT, "cut": pr.TO_ASSISTANT, "end": pr.STOP, "leave": 
 
 
 class TrueUser:
-    """An environment played by a policy; `rows` dialogues at a time.
+    """An environment played by a policy; turns are written in `rows` dialogues at a time.
 
     Args:
       cfg: the run's config; `cfg.data` names the environment.
       net, protocol, tokenizer: of the policy.
       mesh: the device mesh.
-      rows: dialogues at a time.
+      rows: dialogues at a time, those that go on; what a row says does not depend on the others.
       signal: what `reward_BU` is: "return", or "rating", what such a user would give each single reply.
       imagined_user: parameters that speak for the user where `cfg.plan` looks ahead; None: those of the policy.
 
@@ -66,14 +66,17 @@ class TrueUser:
           outcomes: one dict for each, as the environment tells it. Of plans, too: `plan_tokens`, written for its turns, and
             `plan_worth`, the return that was expected when the first one was chosen.
         """
-        parts, outcomes = [], []
-        for start in range(0, len(uids), self.rows):
-            some = list(uids[start : start + self.rows])
-            env = self._env(some + some[:1] * (self.rows - len(some)), split)
-            dialogues, rewards = self._play(env, params, key, np.array(some), temperature)
-            parts.append(take(dialogues, np.arange(len(some))))
-            outcomes += [env.outcome(i) | rewards[i] for i in range(len(some))]
-        return join(parts), outcomes
+        env, temperature_R = self._env(uids, split), pr.temperatures(assistant=temperature)
+        dialogues, going_B = jax.tree.map(np.array, self._open(env, np.array(uids))), np.ones(len(uids), bool)
+        totals: list[dict[str, float]] = [{} for _ in uids]
+        while going_B.any():
+            # The shortest first: of like length, they need not wait until each other's prompts have run out.
+            live = np.flatnonzero(going_B)
+            live = live[np.argsort(lengths(dialogues)[live], kind="stable")][: self.rows]
+            planned = self._speak(params, take(dialogues, live), key, temperature_R)
+            after, going_B[live] = self._answer(env, live, lengths(dialogues)[live], planned, totals)
+            jax.tree.map(lambda x, new, at=live: x.__setitem__(at, new), dialogues, after)
+        return dialogues, [env.outcome(i) | total for i, total in enumerate(totals)]
 
     def openings(self, uids: Sequence[int], split: str) -> Dialogue:
         """The prompts that `play` starts from: context and the user's first turn."""
@@ -93,37 +96,38 @@ class TrueUser:
             dialogue.token_BT[b, : len(tokens)] = tokens
         return pr.attributed_on_host(self.protocol, dialogue)
 
-    def _play(self, env, params, key, uids, temperature) -> tuple[Dialogue, list[dict[str, float]]]:
-        dialogue = self._open(env, uids)
-        ended, going = np.zeros(self.rows, bool), np.ones(self.rows, bool)
-        temperature_R = pr.temperatures(assistant=temperature)
-        totals: list[dict[str, float]] = [{} for _ in range(self.rows)]
-        for turn in range(self.cfg.turns):
-            before = lengths(dialogue)
-            since = time.monotonic()
-            prompt = dialogue.replace(ended_B=~going)
-            planned = jax.device_get(self._decide(params, prompt, key, temperature_R, self._imagined_user))
-            self.seconds.append(time.monotonic() - since)
-            dialogue = jax.tree.map(np.array, planned.dialogue)
-            length = lengths(dialogue)
-            # A turn that ran out of tokens was never handed over: it is not said.
-            going &= dialogue.token_BT[np.arange(self.rows), length - 1] == pr.TO_USER
-            spoken = [self.tokenizer.decode(dialogue.token_BT[b, before[b] : length[b]]) for b in range(self.rows)]
-            replies = env.step([text if goes_on else None for text, goes_on in zip(spoken, going, strict=True)])
-            for b in np.flatnonzero(going):
-                reply = replies[b]
-                totals[b].setdefault("plan_worth", float(planned.worth_B[b]))
-                totals[b]["plan_tokens"] = totals[b].get("plan_tokens", 0) + int(planned.tokens_B[b])
-                dialogue.reward_BU[b, turn] = reply.signal(self.signal)
-                for name, x in reply.reward.items():
-                    totals[b][name] = totals[b].get(name, 0.0) + x
-                tokens = [*self.tokenizer.encode(reply.text), ENDING[reply.ended]]
-                fits = length[b] + len(tokens) <= self.cfg.tokens
-                tokens = tokens[: self.cfg.tokens - length[b]]
-                dialogue.token_BT[b, length[b] : length[b] + len(tokens)] = tokens
-                ended[b] = fits and reply.ended in ("end", "leave")
-                going[b] = fits and not reply.ended
-            dialogue = pr.attributed_on_host(self.protocol, dialogue)
-            if not going.any():
-                break
-        return dialogue.replace(ended_B=ended, cut_B=~ended), totals
+    def _speak(self, params: Params, prompt: Dialogue, key: Array, temperature_R: np.ndarray) -> Planned:
+        """The assistant's next turn in up to `rows` dialogues."""
+        count, since = len(prompt.uid_B), time.monotonic()
+        row_R = np.arange(self.rows)
+        prompt = take(prompt, row_R % count).replace(ended_B=row_R >= count)
+        planned = jax.device_get(self._decide(params, prompt, key, temperature_R, self._imagined_user))
+        self.seconds.append(time.monotonic() - since)
+        return jax.tree.map(lambda x: np.array(x[:count]), planned)
+
+    def _answer(self, env, live: np.ndarray, before_R: np.ndarray, planned: Planned, totals) -> tuple[Dialogue, np.ndarray]:
+        """The users' replies to turns that begin at `before_R`, in the rows `live` of `env`; and which dialogues go on."""
+        dialogue, length_R = planned.dialogue, lengths(planned.dialogue)
+        # A turn that ran out of tokens was never handed over: it is not said.
+        said_R = dialogue.token_BT[np.arange(len(live)), length_R - 1] == pr.TO_USER
+        handed_R = np.sum((dialogue.token_BT == pr.TO_USER) & (dialogue.author_BT == pr.ASSISTANT), axis=1)
+        texts: list[str | None] = [None] * len(totals)
+        for r in np.flatnonzero(said_R):
+            texts[live[r]] = self.tokenizer.decode(dialogue.token_BT[r, before_R[r] : length_R[r]])
+        replies = env.step(texts)
+        ended_R, going_R = np.zeros(len(live), bool), np.zeros(len(live), bool)
+        for r in np.flatnonzero(said_R):
+            reply, total, turn, length = replies[live[r]], totals[live[r]], handed_R[r] - 1, length_R[r]
+            total.setdefault("plan_worth", float(planned.worth_B[r]))
+            total["plan_tokens"] = total.get("plan_tokens", 0) + int(planned.tokens_B[r])
+            dialogue.reward_BU[r, turn] = reply.signal(self.signal)
+            for name, x in reply.reward.items():
+                total[name] = total.get(name, 0.0) + x
+            tokens = [*self.tokenizer.encode(reply.text), ENDING[reply.ended]]
+            fits = length + len(tokens) <= self.cfg.tokens
+            tokens = tokens[: self.cfg.tokens - length]
+            dialogue.token_BT[r, length : length + len(tokens)] = tokens
+            ended_R[r] = fits and reply.ended in ("end", "leave")
+            going_R[r] = fits and not reply.ended and turn + 1 < self.cfg.turns
+        dialogue = pr.attributed_on_host(self.protocol, dialogue)
+        return dialogue.replace(ended_B=ended_R, cut_B=~ended_R), going_R
