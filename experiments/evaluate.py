@@ -43,7 +43,7 @@ def concierge(cfg: Config, model: trained.Trained) -> dict[str, float]:
         dialogues = imagination.imagined(params, talk.openings(uids, "train"), judge.temperatures(cfg), key)[1]
         imagined = decode(dialogues, corpus.tokenizer)
     for where, records in (("true", induced), ("imagined", imagined)):
-        found = habits([(record.context, record.spoken) for record in records]) if records else {}
+        found = habits([(record.context, record.spoken, record.ended) for record in records]) if records else {}
         figures |= {f"habits/{where}/{name}": x for name, x in found.items()}
     compare = UserReport(user, params, corpus.protocol.vocab_size, model.mesh, cfg.seed)
     for where, records in (("recorded", decode(corpus.val, corpus.tokenizer)), ("policy", induced)):

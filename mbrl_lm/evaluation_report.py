@@ -83,6 +83,7 @@ def tables(figures: Figures) -> dict[str, str]:
             f"offers/left_{k}": f"of the offers, with {k} places left",
             f"fits/left_{k}": f"of these, of a place left ({k})",
         }
+    counts |= {"accepted/fits": "offers of a place left that users take", "accepted/misfits": "other offers that users take"}
     hidden = sorted({int(k) for k in _parts(figures, r"user/\w+/turn_nll/hidden_(\d+)$")})
     by_turn = sorted({int(u) for u in _parts(figures, r"user/\w+/turn_nll/turn_(\d+)$")})
     against = [f"{what}, {WHERE[where]}" for where in WHERE for what in ("learned", "floor")]
