@@ -1,8 +1,8 @@
 """What the user wants, as a hidden variable: an imagined user then keeps to it, as a real one does.
 
 A context lists items, a separator between them; the user wants one of those that are as long as the first. The assistant
-does not know which one, the user does: in its *own view* of a dialogue that item z stands first, and a mark in the place of
-BOS says so. Recorded users do not tell z either. It is inferred by Bayes' rule from what they have said,
+does not know which one, the user does: in its *own view* of a dialogue that item z stands first, between two marks that
+stand for BOS and a separator. Recorded users do not tell z either. It is inferred by Bayes' rule from what they have said,
 
     p(z | said) ~ product over the user's tokens of p(token | own view of z, tokens before it),   z uniform beforehand,
 
@@ -23,8 +23,6 @@ from mbrl_lm.micro_batches import ROWS_AT_ONCE, mapped, parts_of
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.types import Array, Dialogue, Params
-
-MARK = pr.NUMBER + 1  # stands for BOS: what is listed first is what the user wants
 
 
 def separates(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
@@ -51,7 +49,7 @@ def items(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
 
 
 def own_view(protocol: pr.Protocol, dialogue: Dialogue, z_B: Array) -> Dialogue:
-    """The dialogues as a user sees them who wants item z: it stands first, those before it one place later, and the mark."""
+    """The dialogues as a user sees them who wants item z: it stands first, marked, and those before it one place later."""
     T = dialogue.token_BT.shape[1]
     place_T = jnp.arange(T)[None]
     width_B1, z_B1 = item_width(protocol, dialogue)[:, None], z_B[:, None]
@@ -59,7 +57,9 @@ def own_view(protocol: pr.Protocol, dialogue: Dialogue, z_B: Array) -> Dialogue:
     from_BT = jnp.where(place_T <= width_B1, place_T + width_B1 * z_B1, from_BT)
     from_BT = jnp.minimum(from_BT, T - 1).at[:, 0].set(0)  # past the end where there is no item z
     token_BT = jnp.take_along_axis(dialogue.token_BT, from_BT, axis=1)
-    return dialogue.replace(token_BT=token_BT.at[:, 0].set(MARK))
+    listed_B1 = width_B1 > 0
+    token_BT = jnp.where(listed_B1 & (place_T == 0), pr.WANTED, token_BT)
+    return dialogue.replace(token_BT=jnp.where(listed_B1 & (place_T == width_B1), pr.OTHERS, token_BT))
 
 
 def mentions(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:

@@ -25,6 +25,8 @@ SPECIAL = ("<pad>", "<bos>", "<to_user>", "<to_assistant>", "<to_outcome>", "<en
     f"<{n}>" for n in range(LARGEST_NUMBER + 1)
 )
 PAD, BOS, TO_USER, TO_ASSISTANT, TO_OUTCOME, STOP, LEAVE, NO_DEAL, NUMBER = range(9)  # NUMBER + n stands for the number n
+# In a user's own view of a context that lists items: what it wants follows, in the place of BOS; the others follow.
+WANTED, OTHERS = NUMBER + 1, NUMBER + 2
 FIRST_PIECE = len(SPECIAL)
 OUTCOME_TOKENS = 4  # the own share of three kinds of item, and the end
 

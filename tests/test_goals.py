@@ -59,11 +59,11 @@ def test_the_separator_of_a_context_is_none_where_somebody_says_it():
 @pytest.mark.parametrize(
     ("row", "z", "expected"),
     [
-        (0, 0, "1 a b h c d h e f h g >u a >a e >u c stop"),
-        (0, 1, "1 c d h a b h e f h g >u a >a e >u c stop"),
-        (0, 2, "1 e f h a b h c d h g >u a >a e >u c stop"),
-        (2, 2, "1 c h a h b h d h >u a >a e >u b stop"),
-        (3, 0, "1 a b >u a >a e >u c stop"),
+        (0, 0, "1 a b 2 c d h e f h g >u a >a e >u c stop"),
+        (0, 1, "1 c d 2 a b h e f h g >u a >a e >u c stop"),
+        (0, 2, "1 e f 2 a b h c d h g >u a >a e >u c stop"),
+        (2, 2, "1 c 2 a h b h d h >u a >a e >u b stop"),
+        (3, 0, "bos a b >u a >a e >u c stop"),
     ],
 )
 def test_the_view_of_a_user(row, z, expected):
@@ -167,7 +167,7 @@ def built(rl: bool, rows: int = 4, most: int = 3, **values):
 @pytest.mark.parametrize(("rl", "own", "dreamt"), [(False, 2, 0), (True, 4, 2)])
 def test_views_of_users_are_learnt_from_by_the_words_of_users_alone(rl, own, dreamt):
     batch, _, metrics = built(rl)
-    marked_B = np.asarray(batch.dialogue.token_BT)[:, 0] == goals.MARK
+    marked_B = np.asarray(batch.dialogue.token_BT)[:, 0] == pr.WANTED
     assert marked_B.tolist() == [False] * 4 + [True] * own + [False] * dreamt
     for name, mask in batch.masks.items():
         assert np.any(np.asarray(mask)[marked_B]) == (name == "user"), name
@@ -185,7 +185,7 @@ def test_views_of_users_are_learnt_from_by_the_words_of_users_alone(rl, own, dre
 
 
 def test_every_view_is_learnt_from_where_half_of_them_would_not_fill_the_devices():
-    assert (np.asarray(built(False, rows=3)[0].dialogue.token_BT)[:, 0] == goals.MARK).sum() == 3
+    assert (np.asarray(built(False, rows=3)[0].dialogue.token_BT)[:, 0] == pr.WANTED).sum() == 3
 
 
 def test_a_user_mentions_the_items_whose_words_it_says():

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import config_of, dialogue, largest_difference, noisy, world
+from tiny import config_of, dialogue, largest_difference, noisy, tokens, world
 
+from mbrl_lm import protocol as pr
 from mbrl_lm.nn import make_net
 from mbrl_lm.nn.layers import Tracker
+from mbrl_lm.nn.transformer import turn_marks
 
 SHAPES = [
     {
@@ -29,6 +31,7 @@ SHAPES = [
     {"model__scan_layers": True, "model__conv_width": 1, "model__kv_heads": 2, "model__tied": True, "model__match_taps": 0},
 ]
 TOKENS = np.random.default_rng(0).integers(0, 27, (3, 12)).astype(np.int32)
+TOKENS[0, :4] = pr.WANTED, 25, pr.OTHERS, pr.OTHERS  # a user's own view
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -178,3 +181,16 @@ def test_only_words_of_the_context_are_tracked():
     assert grows["said_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
     assert grows["told_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]  # at the last one it is over
     assert not any(x[12:].any() for x in grows.values())
+
+
+def test_in_its_own_view_what_a_user_wants_is_marked_and_counts_as_said():
+    w = world("chat", model__tracked=True)
+    for text, kinds, grows in (
+        ("1 a b 2 c d >u c >a d >u", [4, 4, 4, 0, 0, 0, 1, 1, 2, 2, 1], [0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]),
+        ("bos a b 2 c d >u c >a d >u", [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]),
+    ):
+        token_BT = jnp.array([tokens(text)])
+        assert np.asarray(turn_marks(token_BT, None, 0)[0])[0].tolist() == kinds
+        cache = w.net.prefill(w.params, token_BT, w.net.init_cache(1, token_BT.shape[1]))
+        said_SNC = np.asarray(cache.said_BSNC)[0]
+        assert (np.abs(np.diff(said_SNC, axis=0)).sum(axis=(1, 2)) > 1e-6)[: len(grows)].tolist() == [bool(x) for x in grows]

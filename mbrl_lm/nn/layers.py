@@ -195,7 +195,8 @@ class Tracker(nn.Module):
         said_n(t) = sum_s g_n(s) code(s)    over what the user has said until t
         told_n(t) = the same                over what the assistant has said in its latest turn
 
-    The state that dialogue systems track (Henderson et al. 2014), but nothing names what is in it. <said_n, told_n>, on a
+    In a user's own view what it wants counts as said from the start. This is the state that dialogue systems track
+    (Henderson et al. 2014), but nothing names what is in it. <said_n, told_n>, on a
     logarithmic scale, is added to the stream.
     """
 

@@ -13,6 +13,8 @@ from mbrl_lm.nn.layers import Block, RMSNorm, Tracker, Words
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
+IN_CONTEXT, OF_USER, OF_ASSISTANT = (MARKS.index(mark) for mark in (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT))
+WANTED = len(MARKS)  # the part of the context that the user wants, in its own view
 
 
 class Net(NamedTuple):
@@ -45,14 +47,20 @@ class Net(NamedTuple):
 
 
 def turn_marks(token_BT: Array, spoken_BS: Array | None, index: Array | int) -> tuple[Array, Array | None]:
-    """The place in MARKS of the mark that each token's turn began with, (B, T), and the cache of these after the tokens."""
+    """The place in MARKS of the mark that each token's turn began with, or WANTED, (B, T), and the cache of these."""
     mark_BT = jnp.full_like(token_BT, -1)
     for place, mark in enumerate(MARKS):
         mark_BT = jnp.where(token_BT == mark, place, mark_BT)
+    first_BT = (index + jnp.arange(token_BT.shape[1])[None] == 0) & (token_BT == pr.WANTED)
+    mark_BT, others_BT = jnp.where(first_BT, WANTED, mark_BT), token_BT == pr.OTHERS
     if spoken_BS is not None and token_BT.shape[1] == 1:
         before_B1 = jax.lax.dynamic_slice_in_dim(spoken_BS, jnp.maximum(index - 1, 0), 1, axis=1)
+        mark_BT = jnp.where((before_B1 == WANTED) & others_BT, IN_CONTEXT, mark_BT)
         spoken_BT = jnp.where(mark_BT >= 0, mark_BT, before_B1)
     else:  # from position 0 on
+        marks_BT = jnp.cumsum((mark_BT >= 0) | others_BT, axis=1)
+        ends_BT = others_BT & (marks_BT == 2) & (mark_BT[:, :1] == WANTED)  # what is wanted
+        mark_BT = jnp.where(ends_BT, IN_CONTEXT, mark_BT)
         last_BT = jax.lax.cummax(jnp.where(mark_BT >= 0, jnp.arange(token_BT.shape[1])[None], 0), axis=1)
         spoken_BT = jnp.maximum(jnp.take_along_axis(mark_BT, last_BT, axis=1), 0)
     if spoken_BS is not None:
@@ -85,7 +93,7 @@ class Transformer(nn.Module):
         C = self.cfg.match_width
         self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
         if self.cfg.speakers:
-            self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (len(MARKS), D))
+            self.speaker_VD = self.param("speaker_VD", nn.initializers.normal(D**-0.5), (WANTED + 1, D))
         self.tracker = Tracker(self.cfg) if self.cfg.tracked else None
         self.norm = RMSNorm()
         self.drop = nn.Dropout(self.cfg.dropout)
@@ -145,12 +153,14 @@ class Transformer(nn.Module):
             sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept[1:]]
 
         def held(token, spoken):
-            return (spoken == MARKS.index(pr.BOS)) & ~jnp.isin(token, jnp.array(MARKS))
+            marks = jnp.array((*MARKS, pr.WANTED))
+            return jnp.isin(spoken, jnp.array((IN_CONTEXT, WANTED))) & ~jnp.isin(token, marks)
 
         seen_TS = jnp.arange(token_BS.shape[1])[None] < index + jnp.arange(T)[:, None]
         same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held(token_BS, spoken_BS)[:, None] & seen_TS[None]
         counts_BT = jnp.any(same_BTS, axis=-1)
-        user_BT, assistant_BT = (counts_BT & (spoken_BT == MARKS.index(mark)) for mark in (pr.TO_USER, pr.TO_ASSISTANT))
+        user_BT, assistant_BT = (counts_BT & (spoken_BT == whose) for whose in (OF_USER, OF_ASSISTANT))
+        user_BT |= held(token_BT, spoken_BT) & (spoken_BT == WANTED)  # to itself the user has said what it wants
         agree_BTD, *after = self.tracker(code_BTXC, user_BT, assistant_BT, token_BT == pr.TO_ASSISTANT, sums)
         if kept is not None:  # a sum stands behind its token's place: the first one is that of nothing
             put = jax.lax.dynamic_update_slice_in_dim
