@@ -32,11 +32,11 @@ MAIN = ("full", "1b_model_free", "11_greedy")
 QUICK = ("full", "1b_model_free", "5_none", "8_none")
 CLAIMS = (
     Claim("The model helps", "full", "true/success", "difference", "1b_model_free", 0.15),
-    Claim("The same, with users that keep to a goal", "5_goals", "true/success", "difference", "1b_model_free", 0.15),
+    Claim("The model helps, users with goals", "5_goals", "true/success", "difference", "1b_model_free", 0.15),
     Claim("Several turns beat the next one", "full", "true/success", "difference", "11_greedy", 0.2),
     Claim("The level, on seen types (or the next)", "full", "true/success/seen", "level", target=0.8),
     Claim("The level, of the true user's (or the last)", "full", "true/success/seen", "ratio", "5_oracle", 0.9),
-    Claim("The same, with users that keep to a goal", "5_goals", "true/success/seen", "ratio", "5_oracle", 0.9),
+    Claim("The level of the true user's, users with goals", "5_goals", "true/success/seen", "ratio", "5_oracle", 0.9),
     Claim("Guards halve the gap", "8_all", "gap/total", "ratio_below", "8_none", 0.5),
     Claim("Guards cost no success", "8_all", "true/success", "no_loss", "8_none"),
 )
@@ -106,7 +106,7 @@ def _imagination(full: Config) -> list[Row]:
         Row("5_live", who, {"imagine.user": "live"}, "imagined user refreshed in every update"),
         Row("5_population", who, {"imagine.user": "population"}, "drawn from past users: harder to exploit"),
         Row("5_goals", who, goals | {"imagine.user": "frozen"}, "frozen, it wants one of the places, which is inferred from "
-            "what it says, and keeps to it", start=goals, expects="higher", tried=9),
+            "what it says, and keeps to it", start=goals, expects="higher", tried=12),
         Row("5_goals_live", who, goals, "the same, refreshed in every update", start=goals, expects="higher"),
         Row("5_oracle", who, {"imagine.user": "oracle", **OFF}, "the true user imagines: what a perfect model is worth",
             expects="higher"),

@@ -21,7 +21,7 @@ def test_offers_by_the_places_that_are_left():
             said("hello , i need a place", "what about iris , a grill ?", "no , a bar", "i suggest iris , a grill", ""),
             said("hello", "which price would you like ?", "something dear", "i suggest gusto , a bar", "yes , book it"),
             said("hello", "which price would you like ?", "something cheap", "i suggest gusto , a bar", "ok"),
-            said("hello", "what about iris , a grill ?", "no , not that one", "i suggest gusto , a bar", "no", ended="leave"),
+            said("hello", "what about iris , a grill ?", "no , not that one", "i suggest gusto , a bar", "", ended="leave"),
         ]
     )
     assert found == pytest.approx(

@@ -24,8 +24,7 @@ def habits(dialogues: Sequence[tuple[str, History, str]]) -> dict[str, float]:
       asks, offers: of a dialogue, the mean number.
       offers/left_k: of the offers, the share that was made with k places left; fits/left_k: of these, that of a place left.
       contradictory: the share of the assistant's questions and offers before which no place was left.
-      accepted/fits, accepted/misfits: of the answered offers of a place that was left, and of another one, the share that the
-        user took.
+      accepted/fits, accepted/misfits: of the answered offers of a place left, and of another one, the share that users took.
     """
     asks, offers = [], []  # places left; and whether the offered one is among them
     taken: dict[bool, list[bool]] = {True: [], False: []}  # whether it was accepted, by whether it was
