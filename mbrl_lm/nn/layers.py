@@ -196,8 +196,8 @@ class Tracker(nn.Module):
         told_n(t) = the same                over what the assistant has said in its latest turn
 
     In a user's own view what it wants counts as said from the start. This is the state that dialogue systems track
-    (Henderson et al. 2014), but nothing names what is in it. <said_n, told_n>, on a
-    logarithmic scale, is added to the stream.
+    (Henderson et al. 2014), but nothing names what is in it. <said_n, told_n>, on a logarithmic scale, is added to the
+    stream.
     """
 
     cfg: config.Model
