@@ -36,7 +36,8 @@ def test_offers_by_the_places_that_are_left():
 
 
 def test_an_offer_that_nobody_answered_is_neither_taken_nor_refused():
-    found = habits([said("hello", "i suggest gusto , a bar", "no", "what about iris , a grill ?", "", ended="cut")])
+    said_so_far = "hello , something dear", "i suggest gusto , a bar", "no", "what about coral , a diner ?", ""
+    found = habits([said(*said_so_far, ended="cut")])
     assert found["offers"] == 2 and found["accepted/fits"] == 0 and "accepted/misfits" not in found
 
 

@@ -31,7 +31,7 @@ SHAPES = [
     {"model__scan_layers": True, "model__conv_width": 1, "model__kv_heads": 2, "model__tied": True, "model__match_taps": 0},
 ]
 TOKENS = np.random.default_rng(0).integers(0, 27, (3, 12)).astype(np.int32)
-TOKENS[0, :4] = pr.WANTED, 25, pr.OTHERS, pr.OTHERS  # a user's own view
+TOKENS[0, :6] = pr.WANTED, 25, pr.OTHERS, pr.TO_USER, pr.OTHERS, 25  # a user's own view
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -194,6 +194,16 @@ def test_a_reply_that_runs_out_of_tokens_is_cut_and_ends_nothing():
     assert dialogues.cut_B[0] and not dialogues.ended_B[0]
 
 
+def test_a_dialogue_is_cut_after_the_most_turns_that_it_may_have():
+    hello = words().encode("hello")[0]
+    params = follows(words().vocab_size, {pr.TO_ASSISTANT: hello, hello: pr.TO_USER})
+    user = TrueUser(config_of(turns=1, tokens=150), table_net(), protocol(), words(), one_device(), 4)
+    dialogues, outcomes = user.play(params, KEY, TRAIN_UIDS[:8], "train", 0.1)
+    assert [outcome["turns"] for outcome in outcomes] == [1] * 8 and dialogues.reward_BU.shape == (8, 1)
+    stays = [b for b in range(8) if not outcomes[b]["ended"]]
+    assert stays and all(dialogues.cut_B[b] and spoken(dialogues, b)[-1][1][-1] == pr.TO_ASSISTANT for b in stays)
+
+
 def test_a_turn_that_runs_out_of_tokens_is_not_said():
     hello = words().encode("hello")[0]
     params = follows(words().vocab_size, {pr.TO_ASSISTANT: hello, hello: hello})
