@@ -32,7 +32,7 @@ class Model:
     speakers: bool = False  # every token is told whose turn it stands in
     match_taps: int = 0  # tokens that each head compares with those before any other token: for looking things up
     match_width: int = 24  # of the codes that tell tokens apart
-    tracked: bool = False  # what the user has said of what the context holds stays in view; asks match_taps
+    tracked: bool = False  # what the user has said that the context speaks of stays in view; asks match_taps
     dropout: float = 0.0
     word_dropout: float = 0.0  # of whole embeddings
     tied: bool = False  # the embedding is also the output layer

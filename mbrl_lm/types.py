@@ -62,8 +62,7 @@ class KVCache:
     x_LBSD: Any  # inputs of the causal convolution, `taps - 1` positions of zeros first
     code_BSC: Any  # codes of the tokens, for comparing them; likewise
     spoken_BS: Any  # i32, the mark that the turn of each token began with
-    token_BS: Any  # i32; this and the next two only where the user is tracked
-    said_BSNC: Any  # the codes of what the user has said so far, summed
+    said_BSNC: Any  # the codes of what the user has said so far, summed; this and the next only where the user is tracked
     told_BSNC: Any  # the same of the assistant's latest turn
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import config_of, dialogue, largest_difference, noisy, tokens, world
+from tiny import config_of, largest_difference, noisy, tokens, world
 
 from mbrl_lm import protocol as pr
 from mbrl_lm.nn import make_net
@@ -171,26 +171,38 @@ def test_what_has_been_said_is_summed_by_hand():
     assert on[0, 0].tolist() == said[0, 4].tolist()
 
 
-def test_only_words_of_the_context_are_tracked():
+def tracked(text, codes):
+    """How much is added to what the user and what the assistant has said, at each token: words have the given codes."""
     w = world("chat", model__tracked=True)
-    d = dialogue(w.protocol, ["bos a b >u c a >a b d >u b >a"])
-    cache = jax.jit(w.net.prefill)(w.params, d.token_BT, w.net.init_cache(1, d.token_BT.shape[1]))
-    grows = {name: np.abs(np.diff(np.asarray(getattr(cache, name))[0], axis=0)).sum(axis=(1, 2)) > 1e-6
-             for name in ("said_BSNC", "told_BSNC")}  # fmt: skip
-    #                                    bos a  b  >u c  a  >a b  d  >u b  >a
-    assert grows["said_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
-    assert grows["told_BSNC"][:12].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]  # at the last one it is over
-    assert not any(x[12:].any() for x in grows.values())
+    code_VC = np.zeros_like(w.params["code_VC"])
+    for word, code in codes.items():
+        code_VC[tokens(word)[0], : len(code)] = code
+    token_BT = jnp.array([tokens(text)])
+    params = w.params | {"code_VC": jnp.asarray(code_VC)}
+    params["tracker"] = jax.tree.map(jnp.zeros_like, w.params["tracker"])  # all gates are open
+    cache = jax.jit(w.net.prefill)(params, token_BT, w.net.init_cache(1, token_BT.shape[1]))
+    return [np.asarray(jnp.diff(x, axis=1))[0, :, 0] for x in (cache.said_BSNC, cache.told_BSNC)]
+
+
+def test_words_count_that_are_like_one_of_the_context():
+    """a and b stand in it; c is like neither, d has a cosine of .8 with b."""
+    codes = {"a": [1, 0, 0], "b": [0, 2, 0], "c": [0, 0, 1], "d": [0, 0.8, 0.6]}
+    #                              bos a  b  >u c  a  >a b  d  >u d  >a
+    said_TC, told_TC = tracked("bos a b >u c a >a b d >u d >a", codes)
+    like_b = 0.8**4 * np.array(codes["d"])
+    expected = np.zeros((2, 12, 3))
+    expected[0, 5], expected[0, 10] = codes["a"], like_b
+    expected[1, 7], expected[1, 8] = codes["b"], like_b
+    expected[1, 11] = -expected[1, 7] - expected[1, 8]  # its next turn begins
+    np.testing.assert_allclose(said_TC[:, :3], expected[0], atol=1e-5)
+    np.testing.assert_allclose(told_TC[:, :3], expected[1], atol=1e-5)
 
 
 def test_in_its_own_view_what_a_user_wants_is_marked_and_counts_as_said():
-    w = world("chat", model__tracked=True)
+    codes = {word: np.eye(4)[i] for i, word in enumerate("abcd")}
     for text, kinds, grows in (
         ("1 a b 2 c d >u c >a d >u", [4, 4, 4, 0, 0, 0, 1, 1, 2, 2, 1], [0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]),
         ("bos a b 2 c d >u c >a d >u", [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]),
     ):
-        token_BT = jnp.array([tokens(text)])
-        assert np.asarray(turn_marks(token_BT, None, 0)[0])[0].tolist() == kinds
-        cache = w.net.prefill(w.params, token_BT, w.net.init_cache(1, token_BT.shape[1]))
-        said_SNC = np.asarray(cache.said_BSNC)[0]
-        assert (np.abs(np.diff(said_SNC, axis=0)).sum(axis=(1, 2)) > 1e-6)[: len(grows)].tolist() == [bool(x) for x in grows]
+        assert np.asarray(turn_marks(jnp.array([tokens(text)]), None, 0)[0])[0].tolist() == kinds
+        np.testing.assert_allclose(tracked(text, codes)[0].sum(axis=1), grows, atol=1e-5)

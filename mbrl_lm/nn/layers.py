@@ -188,7 +188,7 @@ class Attention(nn.Module):
 
 
 class Tracker(nn.Module):
-    """What the user has said of what the context holds, and how far the assistant's latest turn agrees with it.
+    """What the user has said that the context speaks of, and how far the assistant's latest turn agrees with it.
 
     Both are running sums of the codes of words, one for each head, with gates g that read a word and those before it:
 
@@ -208,7 +208,7 @@ class Tracker(nn.Module):
 
         Args:
           code_BTXC: of each token and those before it.
-          user_BT, assistant_BT: bool, words that count, by who says them.
+          user_BT, assistant_BT: in [0, 1], how much each word counts, by who says it.
           begins_BT: bool, where a turn of the assistant begins.
           sums: said and told before the first token, (B, N, C) each.
 
@@ -221,7 +221,7 @@ class Tracker(nn.Module):
         def summed(name, counts_BT, before_BNC):
             gate_XCN = self.param(name, fan_in(4 * X * C), (X, C, N)).astype(dtype)
             gate_BTN = 1 + jnp.einsum("BTXC,XCN->BTN", code_BTXC, gate_XCN)
-            gate_BTN = jnp.where(counts_BT[..., None], gate_BTN, 0)
+            gate_BTN *= counts_BT[..., None]
             return before_BNC[:, None] + jnp.cumsum(jnp.einsum("BTN,BTC->BTNC", gate_BTN, code_BTXC[:, :, -1]), axis=1)
 
         said_BTNC = summed("said_XCN", user_BT, sums[0])

@@ -15,6 +15,7 @@ from mbrl_lm.types import Array, Heads, KVCache, Params
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
 IN_CONTEXT, OF_USER, OF_ASSISTANT = (MARKS.index(mark) for mark in (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT))
 WANTED = len(MARKS)  # the part of the context that the user wants, in its own view
+LIKENESS = 4  # power of the cosine by which words count that are like one of the context
 
 
 class Net(NamedTuple):
@@ -122,9 +123,10 @@ class Transformer(nn.Module):
             x_BTD += self.speaker_VD.astype(self.dtype())[spoken_BT] * jnp.asarray(self.cfg.width**0.5, self.dtype())
         code_BTXC, codes = self.codes(token_BT, cache, index)
         words = None if code_BTXC is None else Words(code_BTXC)
-        sums = None if cache is None else (cache.token_BS, cache.said_BSNC, cache.told_BSNC)
+        sums = None if cache is None else (cache.said_BSNC, cache.told_BSNC)
         if self.cfg.tracked:
-            agree_BTD, words, sums = self.track(token_BT, spoken_BT, spoken_BS, code_BTXC, sums, index)
+            code_BSC = code_BTXC[:, :, -1] if codes is None else codes[:, self.cfg.match_taps - 1 :]
+            agree_BTD, words, sums = self.track(token_BT, spoken_BT, spoken_BS, code_BTXC, code_BSC, sums, index)
             x_BTD += agree_BTD
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         layers = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH, cache.x_LBSD)
@@ -142,30 +144,37 @@ class Transformer(nn.Module):
         x_BTD = jnp.concatenate([self.norm(carry[0]), *([] if found_BTC is None else [carry[1]])], axis=-1)
         return x_BTD, None if layers is None else KVCache(*layers, codes, spoken_BS, *sums)
 
-    def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, kept: Any, index) -> tuple[Array, Words, Any]:
-        """What `Tracker` adds to the stream, the words with what the user has said, and what is kept after them."""
+    def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, code_BSC, kept: Any, index) -> tuple[Array, Words, Any]:
+        """What `Tracker` adds to the stream, the words with what the user has said, and what is kept after them.
+
+        A word counts as far as it is like one of the context: 1 if that holds it, nearly 0 if its code is orthogonal to those of
+        the context. Codes of synonyms come to lie beside each other.
+        """
         T, (N, C) = token_BT.shape[1], (self.cfg.heads, self.cfg.match_width)
-        token_BS, sums = token_BT, [jnp.zeros((len(token_BT), N, C), self.dtype())] * 2
+        sums = [jnp.zeros((len(token_BT), N, C), self.dtype())] * 2
         if kept is None:
             spoken_BS = spoken_BT
         else:
-            token_BS = jax.lax.dynamic_update_slice_in_dim(kept[0], token_BT, index, axis=1)
-            sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept[1:]]
+            sums = [jax.lax.dynamic_index_in_dim(sum_BSNC, index, axis=1, keepdims=False) for sum_BSNC in kept]
+        place_T, place_S = index + jnp.arange(T), jnp.arange(spoken_BS.shape[1])
 
-        def held(token, spoken):
-            marks = jnp.array((*MARKS, pr.WANTED))
-            return jnp.isin(spoken, jnp.array((IN_CONTEXT, WANTED))) & ~jnp.isin(token, marks)
+        def held(spoken, place):
+            return jnp.isin(spoken, jnp.array((IN_CONTEXT, WANTED))) & (place[None] > 0)  # what it begins with is no word
 
-        seen_TS = jnp.arange(token_BS.shape[1])[None] < index + jnp.arange(T)[:, None]
-        same_BTS = (token_BT[:, :, None] == token_BS[:, None]) & held(token_BS, spoken_BS)[:, None] & seen_TS[None]
-        counts_BT = jnp.any(same_BTS, axis=-1)
-        user_BT, assistant_BT = (counts_BT & (spoken_BT == whose) for whose in (OF_USER, OF_ASSISTANT))
-        user_BT |= held(token_BT, spoken_BT) & (spoken_BT == WANTED)  # to itself the user has said what it wants
+        unit_BTC, unit_BSC = (
+            x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6) for x in (code_BTXC[:, :, -1], code_BSC)
+        )
+        alike_BTS = jnp.einsum("BTC,BSC->BTS", unit_BTC, unit_BSC)
+        before_BTS = held(spoken_BS, place_S)[:, None] & (place_S[None] < place_T[:, None])[None]
+        count_BT = jnp.max(jnp.where(before_BTS, alike_BTS, 0), axis=-1) ** LIKENESS
+        user_BT, assistant_BT = (count_BT * (spoken_BT == whose) for whose in (OF_USER, OF_ASSISTANT))
+        wanted_BT = held(spoken_BT, place_T) & (spoken_BT == WANTED)
+        user_BT = jnp.where(wanted_BT, 1, user_BT)  # to itself the user has said what it wants
         agree_BTD, *after = self.tracker(code_BTXC, user_BT, assistant_BT, token_BT == pr.TO_ASSISTANT, sums)
         if kept is not None:  # a sum stands behind its token's place: the first one is that of nothing
             put = jax.lax.dynamic_update_slice_in_dim
-            kept = (token_BS, *(put(old, new, index + 1, axis=1) for old, new in zip(kept[1:], after, strict=True)))
-        return agree_BTD, Words(code_BTXC, *after, held(token_BT, spoken_BT)), kept
+            kept = [put(old, new, index + 1, axis=1) for old, new in zip(kept, after, strict=True)]
+        return agree_BTD, Words(code_BTXC, *after, held(spoken_BT, place_T)), kept
 
     def codes(self, token_BT: Array, cache: KVCache | None, index: Array | int) -> tuple[Array | None, Array | None]:
         """The codes of each token and of those before it, (B, T, X, C), and the cache of codes after them."""
@@ -218,11 +227,11 @@ def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
         dtype, X = jnp.dtype(cfg.dtype), cfg.match_taps
         C = cfg.match_width if X else 0
         shapes = [(B, K, S, H + C), (B, K, S, H + C), (B, S + cfg.conv_width - 1 if cfg.conv_width > 1 else 0, cfg.width)]
-        marks, words = S if cfg.speakers or cfg.tracked else 0, S if cfg.tracked else 0
-        sums = (B, words + 1 if words else 0, cfg.heads, C)
+        marks = S if cfg.speakers or cfg.tracked else 0
+        sums = (B, S + 1 if cfg.tracked else 0, cfg.heads, C)
         rest = (
             jnp.zeros((B, S + X - 1 if X else 0, C), dtype),
-            *(jnp.zeros((B, kept), jnp.int32) for kept in (marks, words)),
+            jnp.zeros((B, marks), jnp.int32),
             *(jnp.zeros(sums, dtype) for _ in range(2)),
         )
         if cfg.scan_layers:
