@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     def track(self, token_BT, spoken_BT, spoken_BS, code_BTXC, code_BSC, kept: Any, index) -> tuple[Array, Words, Any]:
         """What `Tracker` adds to the stream, the words with what the user has said, and what is kept after them.
 
-        A word counts as far as it is like one of the context: 1 if that holds it, nearly 0 if its code is orthogonal to theirs.
+        A word counts as far as it is like one of the context: 1 if that holds it, nearly 0 if its code is orthogonal.
         Codes of synonyms come to lie beside each other.
         """
         T, (N, C) = token_BT.shape[1], (self.cfg.heads, self.cfg.match_width)
