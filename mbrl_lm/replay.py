@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from mbrl_lm.data.batches import put
 from mbrl_lm.types import Dialogue
 
 
@@ -38,8 +39,7 @@ class Replay:
     def add(self, dialogues: Dialogue) -> None:
         """Takes B dialogues in; the oldest make room."""
         place = (self.collected + np.arange(len(dialogues.uid_B))) % self._capacity
-        for kept, new in zip(jax.tree.leaves(self._rows), jax.tree.leaves(dialogues), strict=True):
-            kept[place] = new
+        put(self._rows, place, dialogues)
         self.collected += len(place)
 
     def sample(self, seed: int, step: int, rows: int) -> Dialogue:

@@ -40,6 +40,11 @@ def take(dialogues: Dialogue, rows: np.ndarray, width: int | None = None) -> Dia
     return Dialogue(**picked)
 
 
+def put(dialogues: Dialogue, rows: np.ndarray, some: Dialogue) -> None:
+    """Sets rows in place, the inverse of `take`; of `some` the first ones, if there are more of them."""
+    jax.tree.map(lambda x, new: x.__setitem__(rows, new[: len(rows)]), dialogues, some)
+
+
 def join(parts: Sequence[Dialogue]) -> Dialogue:
     """One set of rows after the other, on the host."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mbrl_lm import config, outcome, reward, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import join, take
+from mbrl_lm.data.batches import join, put, take
 from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
 from mbrl_lm.data.records import Record
 from mbrl_lm.envs.haggler import Haggler, Listener
@@ -280,7 +280,7 @@ class Table:
             theirs = self._answer(partner_params, theirs, floor_B, temperature_R, partner_key)
             ours, theirs, planned_B = jax.device_get((self._hear(spoken, theirs), theirs, planned_B))
             for side, now in zip(sides, (ours, theirs), strict=True):
-                jax.tree.map(lambda x, new, at=live: x.__setitem__(at, new[: len(at)]), side, now)
+                put(side, live, now)
             tokens_B[live] += planned_B[: len(live)]
             turns_B[live] += planned_B[: len(live)] > 0
         if self.cfg.plan == "none":

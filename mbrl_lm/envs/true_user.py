@@ -8,7 +8,7 @@ import numpy as np
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import lengths, take
+from mbrl_lm.data.batches import lengths, put, take
 from mbrl_lm.envs import ENVS
 from mbrl_lm.nn import Net
 from mbrl_lm.planner import Planned, make_planner
@@ -71,11 +71,11 @@ class TrueUser:
         totals: list[dict[str, float]] = [{} for _ in uids]
         while going_B.any():
             # The shortest first: of like length, they need not wait until each other's prompts have run out.
-            live = np.flatnonzero(going_B)
-            live = live[np.argsort(lengths(dialogues)[live], kind="stable")][: self.rows]
+            live, length_B = np.flatnonzero(going_B), lengths(dialogues)
+            live = live[np.argsort(length_B[live], kind="stable")][: self.rows]
             planned = self._speak(params, take(dialogues, live), key, temperature_R)
-            after, going_B[live] = self._answer(env, live, lengths(dialogues)[live], planned, totals)
-            jax.tree.map(lambda x, new, at=live: x.__setitem__(at, new), dialogues, after)
+            after, going_B[live] = self._answer(env, live, length_B[live], planned, totals)
+            put(dialogues, live, after)
         return dialogues, [env.outcome(i) | total for i, total in enumerate(totals)]
 
     def openings(self, uids: Sequence[int], split: str) -> Dialogue:
@@ -87,7 +87,7 @@ class TrueUser:
 
     def _open(self, env, uids: np.ndarray) -> Dialogue:
         dialogue = empty_dialogues(len(env.contexts), self.cfg.tokens, self.cfg.turns)
-        dialogue.uid_B[: len(uids)] = uids
+        dialogue.uid_B[:] = uids
         encode = self.tokenizer.encode
         for b, (context, opening) in enumerate(zip(env.contexts, env.openings, strict=True)):
             tokens = [pr.BOS, *encode(context), pr.TO_USER, *encode(opening), pr.TO_ASSISTANT]

@@ -53,17 +53,16 @@ def turn_marks(token_BT: Array, spoken_BS: Array | None, index: Array | int) -> 
     for place, mark in enumerate(MARKS):
         mark_BT = jnp.where(token_BT == mark, place, mark_BT)
     first_BT = (index + jnp.arange(token_BT.shape[1])[None] == 0) & (token_BT == pr.WANTED)
-    mark_BT, others_BT = jnp.where(first_BT, WANTED, mark_BT), token_BT == pr.OTHERS
+    mark_BT = jnp.where(first_BT, WANTED, mark_BT)
     if spoken_BS is not None and token_BT.shape[1] == 1:
         before_B1 = jax.lax.dynamic_slice_in_dim(spoken_BS, jnp.maximum(index - 1, 0), 1, axis=1)
-        mark_BT = jnp.where((before_B1 == WANTED) & others_BT, IN_CONTEXT, mark_BT)
         spoken_BT = jnp.where(mark_BT >= 0, mark_BT, before_B1)
     else:  # from position 0 on
-        marks_BT = jnp.cumsum((mark_BT >= 0) | others_BT, axis=1)
-        ends_BT = others_BT & (marks_BT == 2) & (mark_BT[:, :1] == WANTED)  # what is wanted
-        mark_BT = jnp.where(ends_BT, IN_CONTEXT, mark_BT)
         last_BT = jax.lax.cummax(jnp.where(mark_BT >= 0, jnp.arange(token_BT.shape[1])[None], 0), axis=1)
         spoken_BT = jnp.maximum(jnp.take_along_axis(mark_BT, last_BT, axis=1), 0)
+    wanted_BT = spoken_BT == WANTED
+    past_BT = jnp.cumsum(wanted_BT & (token_BT == pr.OTHERS), axis=1) > 0
+    spoken_BT = jnp.where(wanted_BT & past_BT, IN_CONTEXT, spoken_BT)
     if spoken_BS is not None:
         spoken_BS = jax.lax.dynamic_update_slice_in_dim(spoken_BS, spoken_BT, index, axis=1)
     return spoken_BT, spoken_BS
