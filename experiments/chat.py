@@ -204,7 +204,7 @@ def main(run: app.Run):
     app.say("loading the model")
     model = trained.load(run.config, run.workdir)
     protocol, tokenizer = model.corpus.protocol, model.corpus.tokenizer
-    speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params, model.imagined_user(cfg))
+    speaker = Speaker(cfg, model.net, protocol, tokenizer, model.mesh, model.state.params, model.planned_user(cfg))
     path = run.workdir / "conversations" / "train.jsonl"
     sys.stdin.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a closed terminal is Ctrl-C, too

@@ -40,7 +40,8 @@ def concierge(cfg: Config, model: trained.Trained) -> dict[str, float]:
     induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
     induced, imagined = decode(induced, corpus.tokenizer), []
     if cfg.imagine.reward:
-        dialogues = imagination.imagined(params, talk.openings(uids, "train"), judge.temperatures(cfg), key)[1]
+        openings, temperature_R = talk.openings(uids, "train"), judge.temperatures(cfg)
+        dialogues = imagination.imagined(params, openings, temperature_R, key, model.imagined_user(cfg))[1]
         imagined = decode(dialogues, corpus.tokenizer)
     for where, records in (("true", induced), ("imagined", imagined)):
         found = habits([(record.context, record.spoken, record.ended) for record in records]) if records else {}
@@ -56,9 +57,9 @@ def planned(run: app.Run, model: trained.Trained, plain: Dialogue) -> dict[str, 
     """The same with every turn planned; what that gains with the same users, and costs."""
     cfg = run.config
     app.say(f"the same with plan={cfg.plan}")
-    user = model.imagined_user(cfg)
-    judge_ = judge.make_judge(cfg, model.net, model.corpus, model.mesh, run.workdir, user)
-    figures, dialogues = judge_.evaluate(model.state.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues)
+    judge_ = judge.make_judge(cfg, model.net, model.corpus, model.mesh, run.workdir, model.planned_user(cfg))
+    params, key = model.state.params, jax.random.key(cfg.seed)
+    figures, dialogues = judge_.evaluate(params, key, cfg.eval.final_dialogues, model.imagined_user(cfg))
     told = {f"plan/{name}": x for name, x in figures.items() if name.startswith(("true/", "partner/"))}
     told |= {name: x for name, x in figures.items() if name.startswith("plan/")}
     gain_B = (dialogues.reward_BU - plain.reward_BU).sum(axis=1)
@@ -71,7 +72,7 @@ def main(run: app.Run):
     app.say(f"judging update {model.step} of {run.workdir}")
     plain = dataclasses.replace(run.config, plan="none")
     evaluation = Evaluation(plain, model.net, model.corpus, model.mesh, run.workdir)
-    figures, samples, dialogues = evaluation.final(params, seed)
+    figures, samples, dialogues = evaluation.final(params, seed, model.imagined_user(plain))
     if run.config.plan != "none":
         figures |= planned(run, model, dialogues)
     if run.config.train.supervised_steps:  # else the reference is a network at its random start

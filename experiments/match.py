@@ -86,7 +86,7 @@ def play(cfg: Config, model: trained.Trained, opposite: judge.Opposite, known: s
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
         cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios,
-        imagined_user=model.imagined_user(cfg), listener=opposite.listener,
+        imagined_user=model.planned_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(
         model.state.params, opposite.params, jax.random.key(cfg.seed), cfg.eval.final_dialogues, cfg.eval.temperature

@@ -75,7 +75,7 @@ class WorldModel:
     tokens: str = "all"  # words: without the tokens that close a turn; closing: these alone
     adaptive: bool = False  # in RL the weight falls as the return rises: 1 - mean return / returns.best
     goals: int = 0  # at most so many items of its context, one of which a user wants and is imagined knowing; 0 = none
-    shuffled: bool = False  # a placebo: the targets in RL are the user's turns of other dialogues
+    shuffled: bool = False  # a placebo: the targets in RL are the user's turns of other dialogues; no views of its own
 
 
 @dataclasses.dataclass

@@ -123,8 +123,8 @@ def check(cfg: Config) -> None:
             "world_model.goals needs contexts that list items: set it to 0",
         ),
         (
-            cfg.world_model.goals and cfg.world_model.shuffled,
-            "world_model.shuffled takes away the words that world_model.goals are inferred from: set one of them to 0",
+            cfg.world_model.goals and not train.supervised_steps and cfg.loss.user and train.rl_steps,
+            "world_model.goals are found in the likelihood phase: set them to 0, or train.supervised_steps above 0",
         ),
         (cfg.world_model.tokens not in ("all", "words", "closing"), "world_model.tokens is all, words or closing"),
         (min(imagine.temperature, imagine.user_temperature, cfg.eval.temperature) <= 0, "a temperature must be above 0"),

@@ -51,13 +51,13 @@ class Evaluation:
 
         self._retell = pjit(retell, mesh)
 
-    def interim(self, params: Params, key: Array) -> Findings:
-        """While training: `eval.dialogues` with the judge."""
-        return self._evaluate(params, key, self._cfg.eval.dialogues)
+    def interim(self, params: Params, key: Array, user: Params | None = None) -> Findings:
+        """While training: `eval.dialogues` with the judge. `user`: whose words users have in imagination, if others."""
+        return self._evaluate(params, key, self._cfg.eval.dialogues, user)
 
-    def final(self, params: Params, key: Array) -> Findings:
+    def final(self, params: Params, key: Array, user: Params | None = None) -> Findings:
         """At the end: `eval.final_dialogues` with the judge, the open-loop figures, and the floors where they are known."""
-        found = self._evaluate(params, key, self._cfg.eval.final_dialogues)
+        found = self._evaluate(params, key, self._cfg.eval.final_dialogues, user)
         figures = found.figures | self._heldout.open_loop(params, key) | self._heldout.outcomes(params)
         if self._cfg.data == "concierge":
             corpus, noise = self._corpus, self._cfg.noise
@@ -67,10 +67,10 @@ class Evaluation:
                 figures["user_nll_floor/policy"] = user_nll_floor(found.dialogues, corpus.tokenizer, "test", noise)
         return found._replace(figures=figures)
 
-    def _evaluate(self, params: Params, key: Array, dialogues: int) -> Findings:
+    def _evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None) -> Findings:
         figures = self._heldout.closed_loop(params)
         if self._judge and dialogues:
-            verdict = self._judge.evaluate(params, key, dialogues)
+            verdict = self._judge.evaluate(params, key, dialogues, user)
             figures, told = figures | verdict.figures, verdict.dialogues
         else:  # nobody to talk to: recordings, continued
             rows = np.arange(self._cfg.train.batch) % len(self._corpus.val.uid_B)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, guards, nn
+from mbrl_lm import config, guards, learner, nn
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import batches, join
 from mbrl_lm.data.corpus import Corpus
@@ -58,7 +58,8 @@ class Experience:
             return state
         temperature_R = pr.temperatures(assistant=temperature, user=self._cfg.imagine.user_temperature)
         openings = self._user.openings(uids, "train")
-        imagined, _ = self._imagination.imagined(state.params, openings, temperature_R, jax.random.fold_in(key, 1))
+        user = learner.imagined_user(self._cfg.imagine, state, jax.random.fold_in(key, 2))
+        imagined, _ = self._imagination.imagined(state.params, openings, temperature_R, jax.random.fold_in(key, 1), user)
         anchor_XW = guards.anchors(imagined, dialogues.reward_BU.sum(axis=1))
         if first:
             anchor_XW = ANCHORS_DECAY * np.asarray(state.anchor_XW) + (1 - ANCHORS_DECAY) * anchor_XW

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import protocol as pr
 from mbrl_lm import rollout
-from mbrl_lm.micro_batches import ROWS_AT_ONCE, mapped, parts_of
+from mbrl_lm.micro_batches import mapped, parts_of, rows_at_once
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.types import Array, Dialogue, Params
@@ -81,7 +81,7 @@ def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: D
         return -jnp.sum(jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0), axis=1)
 
     views = own_view(protocol, rollout.copied(dialogue, most), jnp.tile(jnp.arange(most), B))
-    logp_BZ = mapped(said, (T // 2,), (views,), parts_of(B * most, ROWS_AT_ONCE)).reshape(B, most)
+    logp_BZ = mapped(said, (T // 2,), (views,), parts_of(B * most, rows_at_once())).reshape(B, most)
     return jnp.where(items(protocol, dialogue, most), logp_BZ, -jnp.inf)
 
 

@@ -14,6 +14,7 @@ from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.sharding import pjit
 from mbrl_lm.tokenizer import Tokenizer
+from mbrl_lm.turns import prompt_lengths
 from mbrl_lm.types import Array, Dialogue, Params
 
 SPEAKERS = {"assistant": pr.ASSISTANT, "user": pr.USER}
@@ -182,7 +183,7 @@ def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int
     def sums(params, dialogue, start_B, first_B, last_B, key):
         prompt = rollout.prefix(protocol, dialogue, jnp.maximum(start_B, 1))
         imagined = rollout.imagine(net, protocol, params, prompt, key, tokens=T, turns=k)
-        reached_B = rollout.prompt_lengths(imagined)
+        reached_B = prompt_lengths(imagined)
         length_B = last_B - first_B
         at_T = jnp.arange(T)[None]
         real_BT = jnp.take_along_axis(dialogue.token_BT, jnp.clip(at_T - (reached_B - first_B)[:, None], 0, T - 1), axis=1)

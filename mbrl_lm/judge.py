@@ -47,7 +47,8 @@ class Verdict(NamedTuple):
 class Judge(Protocol):
     """Scores a policy against someone nothing was trained on."""
 
-    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict: ...
+    def evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None = None) -> Verdict:
+        """`user`: parameters that speak for the imagined user; None: those of the policy."""
 
 
 def make_judge(
@@ -76,20 +77,21 @@ class Imagination:
             heads = net.forward(params, dialogue.token_BT)
             return jnp.sum(REWARDS[cfg.imagine.reward](dialogue, turns, heads, centres_W), axis=1)
 
-        def imagine(params, opening, temperature_R, key):
+        def imagine(params, opening, temperature_R, key, user):
             whole = goals.imagine(
                 cfg.world_model.goals, net, protocol, params, opening, key, tokens=cfg.tokens, turns=2 * cfg.turns,
-                temperature=temperature_R,
+                temperature=temperature_R, user=user,
             )  # fmt: skip
             return learned_return(params, whole), whole
 
         self._imagine, self._learned, self._rows = pjit(imagine, mesh), pjit(learned_return, mesh), rows
 
     def imagined(
-        self, params: Params, openings: Dialogue, temperature_R: np.ndarray, key: Array
+        self, params: Params, openings: Dialogue, temperature_R: np.ndarray, key: Array, user: Params | None = None
     ) -> tuple[np.ndarray, Dialogue]:
-        """G(u^, r^) of each opening, and the dialogues, numpy."""
-        parts = [(self._imagine(params, part, temperature_R, key), mask) for part, mask in chunks(openings, self._rows)]
+        """G(u^, r^) of each opening, and the dialogues, numpy; `user` has the parameters that speak for u^, if others."""
+        rows = chunks(openings, self._rows)
+        parts = [(self._imagine(params, part, temperature_R, key, user), mask) for part, mask in rows]
         parts = [jax.tree.map(lambda x, kept=mask: np.asarray(x)[kept], part) for part, mask in parts]
         return np.concatenate([returns for returns, _ in parts]), join([whole for _, whole in parts])
 
@@ -132,7 +134,7 @@ class ConciergeJudge:
         self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS, imagined_user=imagined_user)
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
 
-    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
+    def evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None = None) -> Verdict:
         """Success, return and its components, per user type, with 95 % intervals; the four returns and the gap."""
         uids, temperature = TEST_UIDS[:dialogues], self._cfg.eval.temperature
         real, outcomes = self._user.play(params, key, uids, "test", temperature)
@@ -151,7 +153,7 @@ class ConciergeJudge:
             figures |= self._of_plans(real, outcomes)
         if self._imagination:
             openings = self._user.openings(uids, "test")
-            imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key)
+            imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key, user)
             figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
             records = decode(told_B, self._tokenizer)
             figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])
@@ -198,12 +200,12 @@ class PartnerJudge:
         )
         self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
 
-    def evaluate(self, params: Params, key: Array, dialogues: int) -> Verdict:
+    def evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None = None) -> Verdict:
         """Both sides' points, agreement and Pareto efficiency over held-out scenarios; the gap, in points."""
         temperature = self._cfg.eval.temperature
         results, real = self._table.play(params, self._partner, key, dialogues, temperature)
         openings, _ = self._table.openings(np.arange(dialogues))
-        imagined, _ = self._imagination.imagined(params, openings, negotiation.temperatures(temperature), key)
+        imagined, _ = self._imagination.imagined(params, openings, negotiation.temperatures(temperature), key, user)
         figures = {f"partner/{name}": x for name, x in summary(results).items()} | plan_cost(results)
         figures |= gap(results["score_a"].astype(np.float64), self._imagination.learned(params, real), imagined)
         return Verdict(figures, real)

@@ -84,8 +84,11 @@ def remember(state: TrainState, place: Array) -> TrainState:
 
 
 def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
-    """Whose parameters speak for the user in imagination: None for the policy's own, a member drawn from the population."""
-    if cfg.user == "live":
+    """Whose parameters speak for the user in imagination: None for the policy's own, a member drawn from the population.
+
+    Where the true user speaks in its place, what the policy itself would imagine.
+    """
+    if cfg.user in ("live", "oracle"):
         return None
     if cfg.user == "frozen":
         return state.reference
@@ -217,7 +220,7 @@ def make_update(
     """
 
     def parts_of(rows: int) -> int:
-        return micro_batches.parts_of(rows, cfg.train.micro_batch * shards) if cfg.train.micro_batch else 1
+        return micro_batches.parts_of(rows, cfg.train.micro_batch, shards) if cfg.train.micro_batch else 1
 
     targets = make_targets(net, protocol, cfg, parts_of, rl, shards)
     widths = cfg.widths if rl else ()  # batches to learn by likelihood from come in dialogues of like length
@@ -246,8 +249,10 @@ def make_update(
                 return jax.tree.map(jnp.add, carry, narrowed(gradient_of, widths, x[0].dialogue, x)), None
 
             parts = parts_of(batch.return_BU.shape[0])
-            order_B = by_length(batch.dialogue, widths, parts)
-            ordered = jax.tree.map(lambda x: x[order_B], batch)
+            ordered = batch
+            if min(widths, default=cfg.tokens) < batch.dialogue.token_BT.shape[1]:
+                order_B = by_length(batch.dialogue, parts)
+                ordered = jax.tree.map(lambda x: x[order_B], batch)
             start = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in weight})
             xs = split_rows(ordered, parts), jax.random.split(key, parts)
             (gradient, total), _ = jax.lax.scan(accumulate, start, xs)

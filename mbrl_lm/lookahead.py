@@ -9,17 +9,16 @@ import jax.numpy as jnp
 
 from mbrl_lm import config, goals, value
 from mbrl_lm import protocol as pr
-from mbrl_lm.micro_batches import ROWS_AT_ONCE, mapped, parts_of
+from mbrl_lm.micro_batches import mapped, parts_of, rows_at_once
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
-from mbrl_lm.rollout import last_of, prompt_lengths
-from mbrl_lm.turns import find_turns, gather
+from mbrl_lm.rollout import last_of
+from mbrl_lm.turns import find_turns, gather, prompt_lengths
 from mbrl_lm.types import Array, Dialogue, Heads, Params
 
 WIDTHS = (0.5, 1.0)  # parts of a dialogue's tokens; what is short is written on the first of them that holds it
 READ_WIDTHS = (0.25, 0.375, 0.5, 0.75, 1.0)  # the same for reading, which is compiled sooner
 NARROWEST = 16  # tokens of any width: rewards read numbers at fixed places of the context
-HALVINGS = 4  # so many times futures that have ended are let go
 
 
 class Outlook(NamedTuple):
@@ -108,7 +107,6 @@ class Lookahead:
                 user=user,
                 copies=copies,
                 logp_BZ=logp_BZ,
-                halvings=HALVINGS if turns > 1 else 0,  # single turns are of like length
             )
             return self._widened(written)
 
@@ -141,7 +139,7 @@ class Lookahead:
         A future that was cut before the user had replied is worth what the state was in which the turn opened: nothing was
         learnt of it. Futures are read a part at a time, however many there are.
         """
-        parts = parts_of(from_B.shape[0], ROWS_AT_ONCE)
+        parts = parts_of(from_B.shape[0], rows_at_once())
         return mapped(functools.partial(self._look, params), self.read_widths, (dialogue, from_B), parts)
 
     def _look(self, params: Params, rows: tuple[Dialogue, Array]) -> Outlook:

@@ -1,22 +1,32 @@
-"""Rows of an update divided into parts, each of them computed on no more tokens than it has."""
+"""Rows divided into parts, each of them computed on no more tokens than it has."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm.rollout import prompt_lengths
-from mbrl_lm.sharding import constrain
+from mbrl_lm.sharding import constrain, row_shards
+from mbrl_lm.turns import prompt_lengths
 from mbrl_lm.types import Array, Dialogue
 
-ROWS_AT_ONCE = 64  # that are read in one forward pass, where nothing is differentiated
+AT_ONCE_ON_CPU = 8
+AT_ONCE = 64  # rows of each device that are read in one forward pass elsewhere; it is memory that limits them
 
 
-def parts_of(rows: int, at_once: int) -> int:
-    """Into how many parts rows are divided, so that all have the same number, at most `at_once`."""
-    return rows // math.gcd(rows, at_once)
+def rows_at_once() -> int:
+    """Rows of each device that are read in one forward pass, where nothing is differentiated."""
+    return AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
+
+
+def parts_of(rows: int, at_once: int, shards: int | None = None) -> int:
+    """Into how many parts rows are divided, so that all have the same number, and each device at most `at_once` of them.
+
+    `shards`: over how many devices rows are spread, if not those of the present `pjit`.
+    """
+    shards = row_shards() if shards is None else shards
+    each = rows // shards if rows % shards == 0 else rows  # what cannot be spread is on every device
+    return next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= at_once)
 
 
 def split_rows(tree: Any, parts: int) -> Any:
@@ -34,14 +44,8 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def by_length(dialogue: Dialogue, widths: Sequence[int], parts: int) -> Array:
-    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part.
-
-    Where `narrowed` has no width to choose, it is the order that they are in.
-    """
-    rows, T = dialogue.token_BT.shape
-    if len(_up_to(T, widths)) == 1:
-        return jnp.arange(rows)
+def by_length(dialogue: Dialogue, parts: int) -> Array:
+    """The order of rows in which `split_rows` puts rows of like length together, the shortest in the first part."""
     return jnp.argsort(prompt_lengths(dialogue)).reshape(parts, -1).T.reshape(-1)
 
 
@@ -73,8 +77,10 @@ def mapped(function: Callable[[Any], Any], widths: Sequence[int], rows: Any, par
       rows: a tuple of trees of arrays (B, ...), the first of which is the dialogue.
       parts: a divisor of B.
     """
-    order_B = by_length(rows[0], widths, parts)
-    ordered = jax.tree.map(lambda x: x[order_B], rows)
+    if parts == 1:
+        return narrowed(function, widths, rows[0], rows)
+    order_B = by_length(rows[0], parts)
+    ordered = jax.tree.map(lambda x: jnp.take(x, order_B, axis=0), rows)
     found = jax.lax.map(lambda x: narrowed(function, widths, x[0], x), split_rows(ordered, parts))
     return jax.tree.map(lambda x: x[jnp.argsort(order_B)], merge_rows(found))
 

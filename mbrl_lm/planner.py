@@ -20,7 +20,8 @@ from mbrl_lm import config, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.lookahead import Lookahead
 from mbrl_lm.nn import Net
-from mbrl_lm.rollout import copy_uids, prompt_lengths
+from mbrl_lm.rollout import copy_uids
+from mbrl_lm.turns import prompt_lengths
 from mbrl_lm.types import Array, Dialogue
 
 REPEATED = -1e9  # the logit of a candidate whose text stands before it

@@ -106,6 +106,8 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core,
     "imagine.batch": 64,
     "imagine.openings": 0.5,
     "imagine.share": (0.7, 0.7),
+    "imagine.user": "frozen",
+    "world_model.goals": 5,
     "collect.every": 5,
     "collect.batch": 10,
     "eval.every": 750,
@@ -143,6 +145,8 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
     "train.rl_steps": 300,
     "train.learning_rate": 3e-3,
     "train.rl_learning_rate": 2e-4,
+    "imagine.user": "live",
+    "world_model.goals": 0,
 }
 PRESETS = {
     "concierge": {

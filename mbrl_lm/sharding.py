@@ -69,6 +69,12 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))
 
 
+def row_shards() -> int:
+    """Over how many devices rows are spread inside the present `pjit`; 1 outside one."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(name, 1) for name in BATCH_RULES["B"])
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Pins the layout of an intermediate value inside a `pjit`; does nothing outside one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -186,7 +186,9 @@ def make_targets(
         return goals.drawn_view(net, protocol, state.target, some, cfg.world_model.goals, key, hint_BZ, sharpness)
 
     def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
-        own = owners_views(state, real, jax.random.fold_in(key, 1)) if cfg.world_model.goals else None
+        own = None
+        if cfg.world_model.goals and not (rl and (cfg.world_model.shuffled or not cfg.loss.user)):
+            own = owners_views(state, real, jax.random.fold_in(key, 1))
         kinds = [rows for rows in (real, own, imagined) if rows is not None]
         rows = jax.tree.map(lambda *x: jnp.concatenate(x), *kinds)
         target_BT = rows.token_BT

@@ -7,6 +7,11 @@ from mbrl_lm import protocol as pr
 from mbrl_lm.types import Array, Dialogue, Turns
 
 
+def prompt_lengths(prompt: Dialogue) -> Array:
+    """(B,) i32: tokens before the padding."""
+    return jnp.sum(prompt.author_BT != pr.END, axis=1, dtype=jnp.int32)
+
+
 def openings(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
     """bool (B, T): tokens that hand the floor to the assistant. What they end is a state in which the assistant acts."""
     author_BT = dialogue.author_BT.astype(jnp.int32)

@@ -23,7 +23,7 @@ CONTRADICTIONS = [
     ("concierge", {"world_model.tokens": "luck"}, "world_model.tokens"),
     ("concierge", {"world_model.goals": 1}, "world_model.goals is at least 2"),
     ("concierge", {"world_model.goals": -1}, "world_model.goals is at least 2"),
-    ("concierge", {"world_model.goals": 4, "world_model.shuffled": True}, "takes away the words"),
+    ("concierge", {"world_model.goals": 4, "train.supervised_steps": 0}, "found in the likelihood phase"),
     ("deal_or_no_deal", {"world_model.goals": 4}, "needs contexts that list items"),
     ("concierge", {"signal": "luck"}, "signal must be"),
     ("concierge", {"places": (1, 4)}, "places is FEWEST,MOST"),

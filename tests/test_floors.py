@@ -20,7 +20,7 @@ FLOORS = {  # the longest name that a module's name begins with decides
     "turns": 3,
     "outcome": 4,
     "world_model": 4,
-    "micro_batches": 4,
+    "micro_batches": 3,
     "policy": 4,
     "advantage": 4,
     "value": 4,

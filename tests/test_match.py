@@ -134,7 +134,7 @@ def test_whoever_reads_for_the_partner_sits_at_the_table(monkeypatch):
 
     monkeypatch.setattr(match.negotiation, "Table", table)
     corpus = types.SimpleNamespace(val_records=[], protocol=None)
-    model = types.SimpleNamespace(corpus=corpus, net=None, mesh=None, imagined_user=lambda cfg: None)
+    model = types.SimpleNamespace(corpus=corpus, net=None, mesh=None, planned_user=lambda cfg: None)
     with pytest.raises(Seated) as told:
         match.play(Config(), model, judge.Opposite(None, None, "a reader"), set())
     assert told.value.args == ("a reader",)

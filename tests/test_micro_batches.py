@@ -17,11 +17,18 @@ LONG = "bos e >a a >u b >a c >u h >a d >u b stop"
 def test_rows_of_like_length_come_together(parts):
     texts = ["bos >a stop", LONG, "bos a >a b stop", "bos >a a b c stop", "bos a stop", LONG, "bos stop", "bos >a b stop"]
     d = dialogue(CHAT, texts, T=16, U=3)
-    order_B = micro_batches.by_length(d, (5,), parts)
+    order_B = micro_batches.by_length(d, parts)
     assert sorted(order_B.tolist()) == list(range(8))
     length_PB = np.asarray(micro_batches.split_rows(jnp.sum(d.author_BT != pr.END, axis=1)[order_B], parts))
     assert (length_PB.max(axis=1)[:-1] <= length_PB.min(axis=1)[1:]).all()
-    assert micro_batches.by_length(d, (16, 20), parts).tolist() == list(range(8)), "no width to choose"
+
+
+@pytest.mark.parametrize(
+    "rows, at_once, shards, parts",
+    [(64, 8, 1, 8), (10, 8, 1, 2), (12, 8, 1, 2), (13, 8, 1, 13), (6, 8, 1, 1), (64, 8, 4, 2), (72, 8, 8, 3), (6, 8, 4, 1)],
+)
+def test_parts_are_equal_and_as_few_as_may_be(rows, at_once, shards, parts):
+    assert micro_batches.parts_of(rows, at_once, shards) == parts
 
 
 @pytest.mark.parametrize("text, width", [("bos >a stop", 3), ("bos >a a stop", 5), ("bos >a a b stop", 5), (LONG, 16)])

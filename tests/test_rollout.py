@@ -112,7 +112,8 @@ def test_a_row_alone_is_the_row_in_a_batch(imagined):
 
 
 @pytest.mark.parametrize("turns", [2, 99])
-def test_letting_ended_rows_go_changes_nothing_that_is_written(imagined, turns):
+@pytest.mark.parametrize("copies, rows", [(1, 2), (2, 4), (4, 4)])
+def test_what_is_written_does_not_hang_on_how_many_rows_are_written_at_once(imagined, monkeypatch, turns, copies, rows):
     w, prompt, _, _ = imagined
     steps = []  # rows of each one
 
@@ -120,15 +121,22 @@ def test_letting_ended_rows_go_changes_nothing_that_is_written(imagined, turns):
         jax.debug.callback(functools.partial(steps.append, len(token_B)))
         return w.net.step(params, token_B, *rest)
 
-    net = w.net._replace(step=step)
-    write = functools.partial(rollout.imagine, tokens=T, turns=turns, temperature=TEMPERATURE)
-    plain = write(w.net, w.protocol, w.params, prompt, jax.random.key(0))
-    fewer = write(net, w.protocol, w.params, prompt, jax.random.key(0), halvings=2)
-    jax.effects_barrier()
-    assert set(steps) == {B // 4, B // 2, B} and steps == sorted(steps, reverse=True)
-    assert largest_difference(plain.logp_BT, fewer.logp_BT) < 1e-5
+    def write():
+        view = rollout.copied(prompt, copies)  # the user has a row of its own for every copy
+        settings = {"tokens": T, "turns": turns, "temperature": TEMPERATURE, "copies": copies, "user_view": view}
+        return rollout.imagine(w.net._replace(step=step), w.protocol, w.params, prompt, jax.random.key(0), **settings)
+
+    written = []
+    for at_once in (B * copies, rows):
+        monkeypatch.setattr(rollout, "AT_ONCE_ON_CPU", at_once)
+        written.append(write())
+        jax.effects_barrier()
+        assert set(steps) == {at_once}
+        steps.clear()
+    together, apart = written
+    assert largest_difference(together.logp_BT, apart.logp_BT) < 1e-5
     for name in ("token_BT", "author_BT", "turn_BT", "sampled_BT", "ended_B", "cut_B", "uid_B"):
-        np.testing.assert_array_equal(getattr(plain, name), getattr(fewer, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(together, name), getattr(apart, name), err_msg=name)
 
 
 def test_a_prompt_may_be_as_wide_as_the_result(imagined):

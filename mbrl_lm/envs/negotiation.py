@@ -22,6 +22,7 @@ from mbrl_lm.nn import Net
 from mbrl_lm.planner import make_planner
 from mbrl_lm.replay import empty_dialogues
 from mbrl_lm.sharding import pjit
+from mbrl_lm.turns import prompt_lengths
 from mbrl_lm.types import Array, Dialogue, Params
 
 Scenario = tuple[Sequence[int], Sequence[int]]  # the contexts of the two sides, `count value` of three kinds of item
@@ -100,7 +101,7 @@ def has_floor(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
 
 def can_go_on(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
     """bool (B,): this side has the floor, and there is room for a token."""
-    return has_floor(protocol, dialogue) & (rollout.prompt_lengths(dialogue) < dialogue.token_BT.shape[1])
+    return has_floor(protocol, dialogue) & (prompt_lengths(dialogue) < dialogue.token_BT.shape[1])
 
 
 def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialogue:
