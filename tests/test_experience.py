@@ -98,6 +98,15 @@ def test_dialogues_with_the_oracle_are_rewarded_and_do_not_count(made):
     own.check()
 
 
+def test_anchors_compare_what_is_imagined_with_the_users_of_training(made, monkeypatch):
+    experience, state, _ = made(guard__anchors=True, imagine__user="frozen")
+    users = []
+    imagined = experience._imagination.imagined
+    monkeypatch.setattr(experience._imagination, "imagined", lambda *x: users.append(x[-1]) or imagined(*x))
+    experience.collect(state, KEY)
+    assert len(users) == 1 and users[0] is state.reference
+
+
 def test_anchors_are_set_at_the_first_collection_and_move_with_the_next(made, monkeypatch):
     experience, state, _ = made(guard__anchors=True)
     seen = []

@@ -10,7 +10,7 @@ import pytest
 from fakes import follows, one_device, table_net, write_deals
 from tiny import config_of, dialogue, tokens, world
 
-from mbrl_lm import config, judge, learner, presets, tokenizer, value
+from mbrl_lm import config, judge, learner, presets, rollout, tokenizer, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.corpus import Corpus, load_corpus
 from mbrl_lm.data.records import Record, Turn
@@ -69,6 +69,20 @@ def test_imagining_nothing_more_gives_the_learned_return():
     assert (whole.token_BT == given.token_BT).all()
     np.testing.assert_allclose(imagined, imagination.learned(w.params, given), atol=1e-6)
     assert len(set(imagined.tolist())) == 3 and imagined[2] == 0
+
+
+def test_whose_words_users_have_in_imagination():
+    w = world("chat", model__layers=1)
+    given = dialogue(w.protocol, ["bos e >u a >a", "bos f >a b b >u c >a"], ended=[False] * 2)
+    imagination = Imagination(w.cfg, w.net, w.protocol, one_device(), rows=2)
+    other = jax.tree.map(lambda x: x + 0.5, w.params)
+    own, whole = imagination.imagined(w.params, given, ONES_R, KEY)
+    imagined, told = imagination.imagined(w.params, given, ONES_R, KEY, other)
+    settings = {"tokens": w.cfg.tokens, "turns": 2 * w.cfg.turns, "temperature": ONES_R}
+    expected = rollout.imagine(w.net, w.protocol, w.params, given, KEY, user=other, **settings)
+    assert (told.token_BT == expected.token_BT).all() and (told.token_BT != whole.token_BT).any()
+    np.testing.assert_allclose(imagined, imagination.learned(w.params, told), atol=1e-6)  # the reward is the policy's
+    assert own.shape == imagined.shape == (2,)
 
 
 # ---- the partner ----

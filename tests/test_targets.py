@@ -339,6 +339,16 @@ def test_a_shuffled_world_model_learns_other_users_replies_in_real_dialogues_onl
     assert (component(net, batch, "policy_real", params) == component(net, plain, "policy_real", params)).all()
 
 
+@pytest.mark.parametrize(
+    "values, views",
+    [({"rl": False}, 1), ({}, 1), ({"loss__user": 0.0}, 0), ({"world_model__shuffled": True}, 0)]
+    + [({"rl": False, "world_model__shuffled": True}, 1)],
+)
+def test_users_see_dialogues_from_their_own_view_where_their_own_words_are_learnt(values, views):
+    batch, _, _ = built(told_net(), world_model__goals=2, train__supervised_steps=6, **values)
+    assert len(batch.dialogue.token_BT) == 1 + views + values.get("rl", True)
+
+
 @pytest.mark.parametrize("rl", [False, True])
 def test_imagined_tokens_are_counted(rl):
     own = written(rows())

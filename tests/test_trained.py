@@ -108,6 +108,15 @@ def test_what_has_its_effect_later_may_differ(tmp_path):
     assert int(take_over(config(start=str(tmp_path / "start"), **later))[0].step) == STEPS
 
 
+@pytest.mark.parametrize(
+    "at, user, theirs", [(STEPS, "frozen", None), (STEPS + 1, "frozen", "reference"), (STEPS + 1, "live", None)]
+)
+def test_users_have_in_imagination_the_words_that_they_had_in_training(at, user, theirs):
+    cfg = config(imagine__user=user)
+    model = trained.Trained(None, None, fresh(cfg), at, one_device())
+    assert model.imagined_user(cfg) is (getattr(model.state, theirs) if theirs else None)
+
+
 def test_a_start_that_is_not_there_or_not_finished_is_told(tmp_path):
     finished(tmp_path / "start", config(), at=STEPS - 1)
     with pytest.raises(ConfigError, match=f"holds no checkpoint of update {STEPS}: finish it"):
