@@ -43,6 +43,7 @@ class Model:
     adapter_width: int = 32  # roles=adapter
     value_heads: int = 1  # E; the target of each is the smaller of two random ones
     user_heads: int = 0  # an ensemble for the imagined user's uncertainty
+    belief: int = 0  # so many of the likeliest world_model.goals: the policy and the value are told how likely they are
     bins: int = 51  # of the value and reward heads, at symexp(linspace(-limit, limit))
     bin_limit: float = 3.0  # symexp(3) = 19
 
@@ -53,6 +54,7 @@ class Loss:
 
     policy: float = 2.0  # divided between real and imagined dialogues by imagine.share
     user: float = 1.0  # of real user tokens: the world model
+    belief: float = 0.5  # of what the user may want, where model.belief tells the policy
     outcome: float = 1.0  # the same for the outcome of a negotiation
     assistant: float = 0.0  # the same for logged assistant tokens, once RL has begun
     value: float = 0.5  # of imagined dialogues

@@ -119,6 +119,10 @@ def check(cfg: Config) -> None:
         (cfg.world_model.loss not in ("nll", "mae"), "world_model.loss must be nll or mae"),
         (cfg.world_model.goals < 0 or cfg.world_model.goals == 1, "world_model.goals is at least 2, or 0"),
         (
+            model.belief < 0 or model.belief > cfg.world_model.goals,
+            "model.belief is of at most as many goals as there are: set world_model.goals as high, or model.belief to 0",
+        ),
+        (
             cfg.world_model.goals and negotiation,
             "world_model.goals needs contexts that list items: set it to 0",
         ),

@@ -12,6 +12,7 @@ stands first may come to mean what is not wanted; so learning begins with a hint
 until it can tell them apart, it takes the likeliest z: drawn ones would teach it little (Celeux & Govaert 1992).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,45 +75,44 @@ def mentions(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
 
 def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
     """f32 (B, Z): log p(all that the user says | own view of z), nats; -inf where there is no item z."""
+    return _likelihoods(net, protocol, params, dialogue, most, lambda said_BT: jnp.sum(said_BT, axis=1))
+
+
+def log_likelihoods_so_far(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
+    """f32 (B, Z, T): the same of what the user has said up to each token."""
+    T = dialogue.token_BT.shape[1]
+
+    def so_far(said_BT):  # computed on no more tokens than there are, after which nothing is said
+        return jnp.pad(jnp.cumsum(said_BT, axis=1), ((0, 0), (0, T - said_BT.shape[1])), mode="edge")
+
+    return _likelihoods(net, protocol, params, dialogue, most, so_far)
+
+
+def _likelihoods(net, protocol, params, dialogue: Dialogue, most: int, summed: Callable[[Array], Array]) -> Array:
+    """(B, Z, ...): `summed` of the log-likelihoods of the user's tokens (B, T), in the own view of each z."""
     B, T = dialogue.token_BT.shape
 
     def said(x) -> Array:
         nll_BT = score(net, protocol, params, x[0]).nll_BT
-        return -jnp.sum(jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0), axis=1)
+        return summed(-jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0))
 
     views = own_view(protocol, rollout.copied(dialogue, most), jnp.tile(jnp.arange(most), B))
-    logp_BZ = mapped(said, (T // 2,), (views,), parts_of(B * most, rows_at_once())).reshape(B, most)
-    return jnp.where(items(protocol, dialogue, most), logp_BZ, -jnp.inf)
+    logp = mapped(said, (T // 2,), (views,), parts_of(B * most, rows_at_once()))
+    logp = logp.reshape(B, most, *logp.shape[1:])
+    there_BZ = items(protocol, dialogue, most)
+    return jnp.where(there_BZ.reshape(B, most, *[1] * (logp.ndim - 2)), logp, -jnp.inf)
+
+
+def belief(logp_BZT: Array, count: int) -> Array:
+    """f32 (B, T, count): how likely the likeliest items are what the user wants, in that order."""
+    p_BTZ = jax.nn.softmax(logp_BZT, axis=1).swapaxes(1, 2)
+    return jax.lax.top_k(p_BTZ, count)[0]
 
 
 def log_evidence(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
     """f32 (B,): log p(all that the user says), whatever it wants: the mean over the items, nats."""
     logp_BZ = log_likelihoods(net, protocol, params, dialogue, most)
     return jax.nn.logsumexp(logp_BZ, axis=1) - jnp.log(jnp.sum(logp_BZ > -jnp.inf, axis=1))
-
-
-def drawn_view(
-    net: Net,
-    protocol: pr.Protocol,
-    params: Params,
-    dialogue: Dialogue,
-    most: int,
-    key: Array,
-    prior_BZ: Array | float = 0.0,
-    sharpness: Array | float = 1.0,
-) -> Dialogue:
-    """The dialogues as users see them who want what is drawn given what they have said in them.
-
-    Args:
-      net, protocol, params: of the user.
-      dialogue: (B, T).
-      most: Z, the items among which there is what the user wants.
-      key: of what is drawn; a row's goal depends on its uid, not on its batch.
-      prior_BZ: nats for each item beforehand.
-      sharpness: power of the distribution that is drawn from; where it is large, the likeliest goals are taken.
-    """
-    logp_BZ = log_likelihoods(net, protocol, params, dialogue, most) + prior_BZ
-    return own_view(protocol, dialogue, drawn(sharpness * logp_BZ, key, dialogue.uid_B))
 
 
 def drawn(logp_BZ: Array, key: Array, uid_B: Array, copies: int = 1) -> Array:

@@ -101,6 +101,8 @@ def likelihood_weights(cfg: config.Config) -> dict[str, Any]:
     loss = cfg.loss
     learnt = {"user": loss.user, "outcome": loss.outcome, "assistant": 1.0}
     learnt |= {"value_real": loss.value_real, "reward": loss.reward, "end": loss.end}
+    if cfg.model.belief and loss.user:
+        learnt["belief"] = loss.belief
     return learnt | ({"user_heads": 1.0} if cfg.model.user_heads else {})
 
 
@@ -176,6 +178,7 @@ def losses(
         "assistant": scores.nll_BT,
         "value_real": value_real_BU,
         "reward": value.cross_entropy(gather(heads.reward_BTW, turns.reply_BU), dialogue.reward_BU, centres_W),
+        "belief": -jnp.sum(batch.belief_BUZ * jax.nn.log_softmax(gather(heads.belief_BTZ, turns.open_BU)), axis=-1),
         "end": world_model.end_loss(gather(heads.end_BT, turns.close_BU), turns.last_BU),
     }
     if reference is None:

@@ -34,6 +34,7 @@ class Batch:
     slow_value_BU: Array  # f32, what the slow critic says
     advantage_BT: Array  # f32, of the turn that each assistant token belongs to
     target_BT: Array  # i32, the tokens that the user's likelihood is asked of
+    belief_BUZ: Array  # f32, how likely the user's likeliest goals are where a turn opens; Z may be 0
 
 
 class Seen(NamedTuple):
@@ -175,20 +176,25 @@ def make_targets(
         kept_BU = turns.mask_BU & (guards.before_first(stop_BU & turns.mask_BU) | ~imagined_B1)
         return doubt_BU, turns.replace(mask_BU=kept_BU, last_BU=turns.last_BU & kept_BU)
 
-    def owners_views(state: TrainState, real: Dialogue, key: Array) -> Dialogue:
-        """Real dialogues as their users see them, whose goals the slow parameters infer; one in two while there are many."""
-        if rl:
-            return goals.drawn_view(net, protocol, state.target, real, cfg.world_model.goals, key)
-        every = 1 if real.token_BT.shape[0] % (2 * shards) else 2
-        some, thirds = jax.tree.map(lambda x: x[::every], real), 3 * state.step // cfg.train.supervised_steps
-        hint_BZ = jnp.where(thirds < 1, HINT, 0.0) * goals.mentions(protocol, some, cfg.world_model.goals)
-        sharpness = jnp.where(thirds < 2, SHARPNESS, 1.0)
-        return goals.drawn_view(net, protocol, state.target, some, cfg.world_model.goals, key, hint_BZ, sharpness)
+    def owners_views(state: TrainState, real: Dialogue, key: Array) -> tuple[Dialogue, Array]:
+        """Real dialogues as their users see them, whose goals the slow parameters infer, and the belief after each token.
+
+        One dialogue in two while there are many.
+        """
+        most, every = cfg.world_model.goals, 1 if rl or real.token_BT.shape[0] % (2 * shards) else 2
+        some, uid_B = jax.tree.map(lambda x: x[::every], real), real.uid_B[::every]
+        logp_BZT = goals.log_likelihoods_so_far(net, protocol, state.target, some, most)
+        logp_BZ, belief_BTZ = logp_BZT[..., -1], goals.belief(logp_BZT, cfg.model.belief)
+        if not rl:
+            thirds = 3 * state.step // cfg.train.supervised_steps
+            logp_BZ += jnp.where(thirds < 1, HINT, 0.0) * goals.mentions(protocol, some, most)
+            logp_BZ *= jnp.where(thirds < 2, SHARPNESS, 1.0)
+        return goals.own_view(protocol, some, goals.drawn(logp_BZ, key, uid_B)), belief_BTZ
 
     def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
-        own = None
+        own, belief_BTZ = None, None
         if cfg.world_model.goals and not (rl and (cfg.world_model.shuffled or not cfg.loss.user)):
-            own = owners_views(state, real, jax.random.fold_in(key, 1))
+            own, belief_BTZ = owners_views(state, real, jax.random.fold_in(key, 1))
         kinds = [rows for rows in (real, own, imagined) if rows is not None]
         rows = jax.tree.map(lambda *x: jnp.concatenate(x), *kinds)
         target_BT = rows.token_BT
@@ -245,12 +251,18 @@ def make_targets(
         if rl and cfg.loss.distil:  # the first turn of an imagined dialogue
             planned_BU = turns.mask_BU & imagined_B1 & (jnp.cumsum(turns.mask_BU, axis=1) == 1)
         learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B)
+        belief_BUZ = jnp.zeros((*zeros_BU.shape, cfg.model.belief))
+        learnt["belief"] = jnp.zeros_like(turns.mask_BU)
+        if belief_BTZ is not None and cfg.model.belief:  # of the real rows whose own views are there
+            seen_R = jnp.arange(0, real_rows, real_rows // belief_BTZ.shape[0])
+            belief_BUZ = belief_BUZ.at[seen_R].set(gather(belief_BTZ, turns.open_BU[seen_R]))
+            learnt["belief"] = learnt["belief"].at[seen_R].set(turns.mask_BU[seen_R])
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1
         if rl and cfg.returns.vtrace:
             return_BU = jnp.where(turns.mask_BU, value.vtrace(return_BU, seen.open_value, ratio_BU), 0.0)
-        batch = Batch(rows, turns, learnt, return_BU, seen.open_value, advantage_BT, target_BT)
+        batch = Batch(rows, turns, learnt, return_BU, seen.open_value, advantage_BT, target_BT, belief_BUZ)
         return jax.lax.stop_gradient(batch), state, metrics
 
     return targets

@@ -76,6 +76,7 @@ class Heads:
     end_BT: Array  # f32, logit that the user's coming reply ends the dialogue; read where the assistant has spoken
     user_BTEV: Array  # f32, logits of the next token by each of the user heads, which learn nothing else; E may be 0
     real_BT: Array  # f32, logit that the user's reply is a real one; read where the user has replied
+    belief_BTZ: Array  # f32, logits of how likely the likeliest goals of the user are, in that order; Z may be 0
 
 
 @flax.struct.dataclass

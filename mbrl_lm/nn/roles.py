@@ -28,7 +28,7 @@ def _speaks_for_user(role: Array | None, x: Array) -> Array:
 
 
 def _joined(policy: Heads, world: Heads, logits: Array) -> Heads:
-    return world.replace(logits_BTV=logits, value_BTEW=policy.value_BTEW)
+    return world.replace(logits_BTV=logits, value_BTEW=policy.value_BTEW, belief_BTZ=policy.belief_BTZ)
 
 
 def separate(net: Net, width: int) -> Net:
@@ -47,7 +47,7 @@ def separate(net: Net, width: int) -> Net:
         return jnp.concatenate(parts, axis=-1)
 
     def heads(params, x_BTD, role_BT=None):
-        policy = net.heads(params["assistant"], x_BTD[..., :width])
+        policy = net.heads(params["assistant"], x_BTD[..., :width], role_BT)
         world = net.heads(params["user"], x_BTD[..., width:])
         logits_BTV = jnp.where(_speaks_for_user(role_BT, x_BTD), world.logits_BTV, policy.logits_BTV)
         return _joined(policy, world, logits_BTV)
@@ -84,7 +84,7 @@ def adapted(net: Net, cfg: config.Model) -> Net:
     def heads(params, x_BTD, role_BT=None):
         policy_BTD, world_BTD = (adapt(params[name], x_BTD) for name in ("assistant", "user"))
         spoken_BTD = jnp.where(_speaks_for_user(role_BT, x_BTD), world_BTD, policy_BTD)
-        policy, world, spoken = (net.heads(params["trunk"], x) for x in (policy_BTD, world_BTD, spoken_BTD))
+        policy, world, spoken = (net.heads(params["trunk"], x, role_BT) for x in (policy_BTD, world_BTD, spoken_BTD))
         return _joined(policy, world, spoken.logits_BTV)  # XLA drops the logits of the other two
 
     def prefill(params, token_BT, cache):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from mbrl_lm import config
 from mbrl_lm import protocol as pr
-from mbrl_lm.nn.layers import Block, RMSNorm, Tracker, Words
+from mbrl_lm.nn.layers import Block, RMSNorm, Tracker, Words, fan_in
 from mbrl_lm.types import Array, Heads, KVCache, Params
 
 MARKS = (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT, pr.TO_OUTCOME)  # what a speaker's turn, or the context, begins with
 IN_CONTEXT, OF_USER, OF_ASSISTANT = (MARKS.index(mark) for mark in (pr.BOS, pr.TO_USER, pr.TO_ASSISTANT))
 WANTED = len(MARKS)  # the part of the context that the user wants, in its own view
+LOUD = 3.0  # standard deviation of what a probability of 1 adds to a hidden unit
 LIKENESS = 4  # power of the cosine by which words count that are like one of the context
 
 
@@ -24,7 +25,7 @@ class Net(NamedTuple):
     init(key) -> params
     init_cache(B, S) -> KVCache for S positions
     trunk(params, token_BT, dropout_key=None) -> x_BTD, what the heads read, of `trunk_width`; x at t has seen tokens 0 ... t
-    heads(params, x_BTD, role_BT=None) -> Heads; the role is that of the next token's author, for weights of its own
+    heads(params, x_BTD, role_BT=None) -> Heads; the role is that of the next token's author, for what is its own
     prefill(params, token_BT, cache) -> cache after reading all T tokens from position 0
     step(params, token_B, index, cache) -> (x_BTD of one token, cache); the token stands at `index` in every row
     """
@@ -90,6 +91,13 @@ class Transformer(nn.Module):
         self.user_EDV = jnp.zeros((0, D, V))  # an empty array could not be saved
         if self.cfg.user_heads:
             self.user_EDV = self.param("user_EDV", nn.initializers.normal(D**-0.5), (self.cfg.user_heads, D, V))
+        Z = self.cfg.belief
+        if Z:
+            self.belief_DF = self.param("belief_DF", fan_in(D), (D, D))
+            self.belief_FZ = self.param("belief_FZ", nn.initializers.zeros, (D, Z))
+            self.tell_DF = self.param("tell_DF", fan_in(D), (D, D))
+            self.tell_ZF = self.param("tell_ZF", nn.initializers.normal(LOUD), (Z, D))
+            self.tell_FD = self.param("tell_FD", nn.initializers.zeros, (D, D))
         C = self.cfg.match_width
         self.code_VC = self.param("code_VC", nn.initializers.normal(C**-0.5), (V, C)) if self.cfg.match_taps else None
         if self.cfg.speakers:
@@ -188,21 +196,40 @@ class Transformer(nn.Module):
             window_BTC = jax.lax.dynamic_slice_in_dim(kept, index, T + X - 1, axis=1)
         return jnp.stack([window_BTC[:, i : i + T] for i in range(X)], axis=2), kept
 
-    def heads(self, x_BTD: Array) -> Heads:
+    def tell(self, x_BTD: Array) -> tuple[Array, Array]:
+        """How sure it is of what the user wants, logits (B, T, Z), and the stream of who has been told that.
+
+        A belief is learnt from the posterior alone, and told as a fact: what a policy needs to know, to ask or to offer, is
+        then one number, not a thing to be found out from returns.
+        """
+        if not self.cfg.belief:
+            return jnp.zeros((*x_BTD.shape[:2], 0)), x_BTD
+        dtype = x_BTD.dtype
+        hidden_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, self.belief_DF.astype(dtype)))
+        belief_BTZ = jnp.einsum("BTF,FZ->BTZ", hidden_BTF, self.belief_FZ.astype(dtype)).astype(jnp.float32)
+        known_BTZ = jax.lax.stop_gradient(jax.nn.softmax(belief_BTZ)).astype(dtype)
+        hidden_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.tell_DF.astype(dtype))
+        hidden_BTF = jax.nn.silu(hidden_BTF + jnp.einsum("BTZ,ZF->BTF", known_BTZ, self.tell_ZF.astype(dtype)))
+        return belief_BTZ, x_BTD + jnp.einsum("BTF,FD->BTD", hidden_BTF, self.tell_FD.astype(dtype))
+
+    def heads(self, x_BTD: Array, role_BT: Array | None = None) -> Heads:
         x_BTD, found_BTC = jnp.split(x_BTD, [self.cfg.width], axis=-1)
+        belief_BTZ, told_BTD = self.tell(x_BTD)
         unembed_DV = self.embed_VD.T if self.cfg.tied else self.unembed_DV
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, unembed_DV.astype(x_BTD.dtype)).astype(jnp.float32)
+        says_BTD = x_BTD if role_BT is None else jnp.where((role_BT == pr.ASSISTANT)[..., None], told_BTD, x_BTD)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", says_BTD, unembed_DV.astype(x_BTD.dtype)).astype(jnp.float32)
         if self.cfg.match_taps:
             logits_BTV += jnp.einsum("BTC,VC->BTV", found_BTC, self.code_VC.astype(found_BTC.dtype)).astype(jnp.float32)
         x_BTD = x_BTD.astype(jnp.float32)
         watched_BTD = jax.lax.stop_gradient(x_BTD)  # what guards read must not shape what they guard
         return Heads(
             logits_BTV=logits_BTV,
-            value_BTEW=jnp.einsum("BTD,EDW->BTEW", x_BTD, self.value_EDW),
+            value_BTEW=jnp.einsum("BTD,EDW->BTEW", told_BTD.astype(jnp.float32), self.value_EDW),
             reward_BTW=jnp.einsum("BTD,DW->BTW", x_BTD, self.reward_DW),
             end_BT=jnp.einsum("BTD,D->BT", x_BTD, self.end_D),
             user_BTEV=jnp.einsum("BTD,EDV->BTEV", watched_BTD, self.user_EDV),
             real_BT=jnp.einsum("BTD,D->BT", watched_BTD, self.real_D),
+            belief_BTZ=belief_BTZ,
         )
 
     def __call__(self, token_BT: Array) -> Heads:
@@ -242,7 +269,7 @@ def make_transformer(cfg: config.Model, vocab_size: int) -> Net:
         return module.apply({"params": params}, token_BT, None, 0, rngs=rngs, method="read")[0]
 
     def heads(params, x_BTD, role_BT=None):
-        return module.apply({"params": params}, x_BTD, method="heads")
+        return module.apply({"params": params}, x_BTD, role_BT, method="heads")
 
     def prefill(params, token_BT, cache):
         return module.apply({"params": params}, token_BT, cache, 0, method="read")[1]
