@@ -86,6 +86,7 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core,
     "model.match_taps": 8,
     "model.match_width": 32,
     "model.tracked": True,
+    "model.belief": 5,
     "model.dropout": 0.05,
     "model.word_dropout": 0.25,
     "loss.policy": 20.0,  # the other losses' gradients are three to ten times as long: RL is what is learnt first
@@ -147,6 +148,7 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
     "train.rl_learning_rate": 2e-4,
     "imagine.user": "live",
     "world_model.goals": 0,
+    "model.belief": 0,
 }
 PRESETS = {
     "concierge": {

@@ -62,14 +62,15 @@ def masks(
     user_tokens: str = "all",
     planned_BU: Array | None = None,
     own_B: Array | None = None,
+    told_B: Array | None = None,
 ) -> dict[str, Array]:
     """Which elements each component is made of.
 
     `planned_BU`: turns that a planner chose, which the policy is to imitate. `own_B`: real dialogues as their users see
-    them; the user's words alone are learnt from these.
+    them; the user's words alone are learnt from these. `told_B`: those in which it was inferred what their users want.
     """
     imagined_B1 = imagined_B[:, None]
-    own_B1 = jnp.zeros_like(imagined_B1) if own_B is None else own_B[:, None]
+    own_B1, told_B1 = (jnp.zeros_like(imagined_B1) if x is None else x[:, None] for x in (own_B, told_B))
     user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
     if user_tokens != "all":
         closing_BT = world_model.closing_tokens(protocol, dialogue)
@@ -84,6 +85,7 @@ def masks(
         "value_real": real_turn_BU if rl else real_turn_BU & dialogue.ended_B[:, None],
         "reward": real_turn_BU,
         "end": real_turn_BU,
+        "belief": real_turn_BU & told_B1,
     }
     if not rl:
         return learnt
@@ -250,13 +252,12 @@ def make_targets(
         planned_BU = None
         if rl and cfg.loss.distil:  # the first turn of an imagined dialogue
             planned_BU = turns.mask_BU & imagined_B1 & (jnp.cumsum(turns.mask_BU, axis=1) == 1)
-        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B)
-        belief_BUZ = jnp.zeros((*zeros_BU.shape, cfg.model.belief))
-        learnt["belief"] = jnp.zeros_like(turns.mask_BU)
-        if belief_BTZ is not None and cfg.model.belief:  # of the real rows whose own views are there
-            seen_R = jnp.arange(0, real_rows, real_rows // belief_BTZ.shape[0])
-            belief_BUZ = belief_BUZ.at[seen_R].set(gather(belief_BTZ, turns.open_BU[seen_R]))
-            learnt["belief"] = learnt["belief"].at[seen_R].set(turns.mask_BU[seen_R])
+        belief_BUZ, told_B = jnp.zeros((*zeros_BU.shape, cfg.model.belief)), jnp.zeros_like(own_B)
+        if belief_BTZ is not None:
+            told_R = jnp.arange(0, real_rows, real_rows // belief_BTZ.shape[0])
+            belief_BUZ = belief_BUZ.at[told_R].set(gather(belief_BTZ, turns.open_BU[told_R]))
+            told_B = told_B.at[told_R].set(True)
+        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B, told_B)
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1

@@ -32,6 +32,7 @@ def table_net(bins: int = BINS) -> Net:
             end_BT=zeros_BTW[..., 0],
             user_BTEV=jnp.zeros((*x_BTV.shape[:2], 0, x_BTV.shape[-1])),
             real_BT=zeros_BTW[..., 0],
+            belief_BTZ=zeros_BTW[..., :0],
         )
 
     def trunk(params, token_BT, dropout_key=None):

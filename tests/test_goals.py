@@ -37,14 +37,19 @@ def told(likes):
     def heads(params, x_BTD, role_BT=None):
         logits_BTV = jnp.asarray(table_VV)[x_BTD[..., 0]]
         zeros_BT = jnp.zeros(x_BTD.shape[:2])
-        return Heads(
-            logits_BTV, zeros_BT[..., None, None], zeros_BT[..., None], zeros_BT, zeros_BT[..., None, None], zeros_BT
-        )
+        one_BT1 = zeros_BT[..., None]
+        return Heads(logits_BTV, one_BT1[..., None], one_BT1, zeros_BT, one_BT1[..., None], zeros_BT, one_BT1)
 
     def trunk(params, token_BT, dropout_key=None):
         return jnp.broadcast_to(token_BT[:, 1:2, None], (*token_BT.shape, 1))
 
     return Net(lambda key: {}, None, trunk, heads, None, None)
+
+
+def drawn_view(net, protocol, params, dialogue, most, key, prior_BZ=0.0):
+    """The dialogues as users see them who want what is drawn given what they have said in them."""
+    logp_BZ = goals.log_likelihoods(net, protocol, params, dialogue, most) + prior_BZ
+    return goals.own_view(protocol, dialogue, goals.drawn(logp_BZ, key, dialogue.uid_B))
 
 
 def test_the_items_of_a_context():
@@ -85,14 +90,28 @@ def test_what_is_wanted_follows_from_what_is_said_by_bayes_rule():
     np.testing.assert_allclose(evidence, [np.log(np.mean(np.exp(by_hand))), np.log(np.mean(np.exp(by_hand[:2])))], rtol=1e-5)
 
 
+def test_what_was_likely_so_far():
+    net = told({"a": {"a": 2.0}, "c": {"c": 1.0}})
+    rows = dialogue(CHAT, LISTS[:2])
+    so_far_BZT = np.asarray(goals.log_likelihoods_so_far(net, CHAT, {}, rows, 3))
+    T = so_far_BZT.shape[2]
+    for t in range(T):
+        prompts = rollout.prefix(CHAT, rows, jnp.full(2, t + 1))
+        expected = goals.log_likelihoods(net, CHAT, {}, prompts, 3)
+        np.testing.assert_allclose(so_far_BZT[:, :, t], expected, rtol=1e-5)
+    assert len(np.unique(so_far_BZT[0, 0].round(3))) == 5, "four tokens of the user"
+    belief_BTZ = np.asarray(goals.belief(jnp.log(jnp.array([[[0.5, 0.0], [0.125, 1.0], [0.375, 0.0]]])), 2))
+    np.testing.assert_allclose(belief_BTZ, [[[0.5, 0.375], [1.0, 0.0]]], rtol=1e-6)
+
+
 def test_goals_are_drawn_as_bayes_rule_has_them_whatever_the_batch():
     net, rows = told({"a": {"a": 2.0}, "c": {"c": 1.0}}), 2000
     many = dialogue(CHAT, LISTS[:1] * rows)
-    seen = goals.drawn_view(net, CHAT, {}, many, 3, KEY)
+    seen = drawn_view(net, CHAT, {}, many, 3, KEY)
     logp_Z = np.asarray(goals.log_likelihoods(net, CHAT, {}, take(many, slice(1)), 3))[0]
     share = np.mean(np.asarray(seen.token_BT)[:, 1:2] == np.array([tokens("a"), tokens("c"), tokens("e")]).T, axis=0)
     np.testing.assert_allclose(share, np.exp(logp_Z) / np.exp(logp_Z).sum(), atol=0.04)
-    some = goals.drawn_view(net, CHAT, {}, take(many, slice(7, 12)), 3, KEY)
+    some = drawn_view(net, CHAT, {}, take(many, slice(7, 12)), 3, KEY)
     np.testing.assert_array_equal(some.token_BT, np.asarray(seen.token_BT)[7:12])
 
 
@@ -133,7 +152,7 @@ def test_the_user_speaks_from_its_own_view_and_the_assistant_from_the_public_one
 def test_imagined_users_have_goals_where_they_are_asked_for():
     settings = {"tokens": 24, "turns": 4}
     for user in (None, noisy(W.params, 3)):
-        drawn = goals.drawn_view(W.net, CHAT, user or W.params, PROMPTS, 3, jax.random.fold_in(KEY, 1))
+        drawn = drawn_view(W.net, CHAT, user or W.params, PROMPTS, 3, jax.random.fold_in(KEY, 1))
         whole = goals.imagine(3, W.net, CHAT, W.params, PROMPTS, KEY, user=user, **settings)
         np.testing.assert_array_equal(whole.token_BT, imagined(drawn, user).token_BT)
         without = goals.imagine(0, W.net, CHAT, W.params, PROMPTS, KEY, user=user, **settings)
@@ -199,7 +218,7 @@ def test_a_hint_counts_the_words_of_an_item():
     net, rows = told({}), 2000
     many = dialogue(CHAT, ["bos a b h a c h b e h >u a >a e >u c stop"] * rows)
     hint_BZ = np.log(2.0) * goals.mentions(CHAT, many, 3)
-    seen = np.asarray(goals.drawn_view(net, CHAT, {}, many, 3, KEY, hint_BZ).token_BT)[:, 1:3]
+    seen = np.asarray(drawn_view(net, CHAT, {}, many, 3, KEY, hint_BZ).token_BT)[:, 1:3]
     share = [np.mean(np.all(seen == tokens(item), axis=1)) for item in ("a b", "a c", "b e")]
     np.testing.assert_allclose(share, np.array([2, 4, 1]) / 7, atol=0.04)
 

@@ -19,7 +19,7 @@ from mbrl_lm.types import Dialogue
 
 B, T = 8, 24
 PROBES = ("probe_BTV", "watched_BTV")
-LIKELIHOOD = ("user", "user_heads", "outcome", "assistant", "value_real", "reward", "end")
+LIKELIHOOD = ("user", "user_heads", "outcome", "assistant", "value_real", "reward", "end", "belief")
 RETURN = (
     *LIKELIHOOD,
     "value",
@@ -334,7 +334,8 @@ def test_every_component_has_a_loss_and_a_mask(rl):
     masks = targets.masks(w.protocol, real, find_turns(w.protocol, real), jnp.zeros(B, bool), rl)
     assert set(masks) == set(RETURN if rl else LIKELIHOOD)
     turns = find_turns(w.protocol, real)
-    batch = targets.Batch(real, turns, masks, real.reward_BU, real.reward_BU, jnp.zeros((B, T)), real.token_BT)
+    belief_BUZ = jnp.zeros((*real.reward_BU.shape, w.cfg.model.belief))
+    batch = targets.Batch(real, turns, masks, real.reward_BU, real.reward_BU, jnp.zeros((B, T)), real.token_BT, belief_BUZ)
     reference = w.params if rl else None
     losses = jax.eval_shape(lambda p: learner.losses(w.net, w.protocol, w.cfg, p, reference, None, batch, None), w.params)
     assert {name: x.shape for name, x in losses.items()} == {name: x.shape for name, x in masks.items()}

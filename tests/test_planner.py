@@ -52,6 +52,7 @@ def remembering_net() -> Net:
             end_BT=nothing_BT,
             user_BTEV=jnp.zeros((*nothing_BT.shape, 0, VOCAB)),
             real_BT=nothing_BT,
+            belief_BTZ=nothing_BT[..., None],
         )
 
     def prefill(params, token_BT, cache):

@@ -66,6 +66,7 @@ def test_learned_reads_the_reward_head_where_the_user_has_replied():
     logits_BTW = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 11)), jnp.float32)
     zeros = jnp.zeros((2, 16))
     others = {"value_BTEW": -logits_BTW[:, :, None], "user_BTEV": zeros[..., None, None], "real_BT": zeros}
+    others["belief_BTZ"] = zeros[..., None]
     heads = Heads(logits_BTV=zeros[..., None], reward_BTW=logits_BTW, end_BT=zeros, **others)
     found = reward.learned(d, find_turns(DEAL, d), heads, CENTRES)
     p = np.exp(logits_BTW) / np.exp(logits_BTW).sum(-1, keepdims=True)
@@ -90,7 +91,7 @@ def test_a_split_that_is_not_sure_is_worth_its_probability():
         token, p = d.token_BT[b, t + 1], probability_BT[b, t + 1]
         logits_BTV[b, t, [token, V - 1 if token != V - 1 else V - 2]] = np.log([p, 1 - p])
     logits_BTV[:, -1, 0] = 0
-    others = dict.fromkeys(("value_BTEW", "reward_BTW", "end_BT", "user_BTEV", "real_BT"))
+    others = dict.fromkeys(("value_BTEW", "reward_BTW", "end_BT", "user_BTEV", "real_BT", "belief_BTZ"))
     heads = Heads(logits_BTV=jnp.asarray(logits_BTV), **others)
     reward_BU = reward.sure_split(d, find_turns(DEAL, d), heads, CENTRES)
     np.testing.assert_allclose(reward_BU, [[0, 7 * 0.5**3 * 0.25, 0], [0, 0, 0]], rtol=1e-5)

@@ -14,6 +14,18 @@ from mbrl_lm.scoring import score
 
 KINDS = ("adapter", "separate")
 ROWS, T = 6, 24
+ACTS = {
+    "policy_real",
+    "policy_imagined",
+    "assistant",
+    "distil",
+    "kl",
+    "trust",
+    "entropy",
+    "value",
+    "value_real",
+    "slow_value",
+}
 USERS = {"user", "user_heads", "reward", "end", "real_reply", "imagined_reply"}  # what the world model's part learns
 
 
@@ -61,6 +73,47 @@ def test_two_networks_are_two_networks():
     logits_BTV = jnp.where((role_BT == pr.USER)[..., None], user.logits_BTV, policy.logits_BTV)
     expected = user.replace(logits_BTV=logits_BTV, value_BTEW=policy.value_BTEW)
     assert largest_difference(heads, expected) < 1e-5 and largest_difference(policy, user) > 0.1
+
+
+# ---- what the policy is told of the user ----
+
+
+@pytest.mark.parametrize("kind", ("shared", *KINDS))
+def test_the_policy_and_the_value_are_told_how_sure_it_is_and_the_user_is_not(kind):
+    values = {"model__layers": 1, "model__roles": kind, "model__speakers": True}
+    plain, w = world("chat", **values), world("chat", **values, model__belief=3, world_model__goals=3)
+    rows = dialogues(w)
+
+    def heads(net, params, role):
+        return jax.jit(lambda p: net.heads(p, net.trunk(p, rows.token_BT), jnp.full((ROWS, T), role)))(params)
+
+    def part(params):
+        return {"shared": params, "adapter": params.get("trunk"), "separate": params.get("assistant")}[kind]
+
+    start = jax.jit(w.net.init)(jax.random.key(0))
+    assert norm(part(start)["belief_FZ"]) == norm(part(start)["tell_FD"]) == 0 and norm(part(start)["tell_ZF"]) > 1
+    told = [heads(w.net, w.params, role) for role in (pr.ASSISTANT, pr.USER)]
+    part(w.params)["tell_FD"] = jnp.zeros_like(part(w.params)["tell_FD"])
+    untold = [heads(w.net, w.params, role) for role in (pr.ASSISTANT, pr.USER)]
+    assert told[0].belief_BTZ.shape == (ROWS, T, 3) and heads(plain.net, plain.params, pr.USER).belief_BTZ.size == 0
+    assert largest_difference(told[0].logits_BTV, untold[0].logits_BTV) > 0.1
+    assert largest_difference(told[0].value_BTEW, untold[0].value_BTEW) > 0.1
+    assert largest_difference(told[1].logits_BTV, untold[1].logits_BTV) == 0
+    for name in ("reward_BTW", "end_BT", "user_BTEV", "real_BT", "belief_BTZ"):
+        assert largest_difference(getattr(told[0], name), getattr(untold[0], name)) == 0, name
+
+
+def test_a_belief_is_learnt_from_what_was_inferred_alone():
+    w = world("chat", model__layers=1, model__belief=3, world_model__goals=3, loss__distil=1.0)
+    gradients = component_gradients(w, dialogues(w), written(dialogues(w, 2)))
+    told = {"tell_DF", "tell_ZF", "tell_FD"}
+    for name, gradient in gradients.items():
+        touched = {key for key, part in gradient.items() if norm(part) > 0}
+        if name == "belief":
+            assert {"belief_DF", "belief_FZ", "embed_VD"} <= touched and not touched & told
+        else:
+            assert not touched & {"belief_DF", "belief_FZ"}, name
+            assert touched & told == (told if name in ACTS else set()), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

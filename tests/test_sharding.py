@@ -57,7 +57,7 @@ def test_letters_of_caches_and_dialogues():
     B1, BT = np.zeros(2), np.zeros((2, 3))
     dialogue = Dialogue(BT, BT, BT, BT, BT, BT, B1, B1, B1)
     assert list(letters_of(dialogue).values()) == ["BT"] * 5 + ["BU"] + ["B"] * 3
-    step = Heads(BT, BT, BT, B1, BT, B1)
+    step = Heads(BT, BT, BT, B1, BT, B1, BT)
     assert letters_of(step)[".end_BT"] == "T"  # without its T axis a name no longer fits: it only lays results out
 
 

@@ -51,7 +51,9 @@ def told_net(values=({},), rewards=None, doubtful=(), real=None) -> Net:
         read = {name: table[x_BTD[..., 0]] for name, table in params.items()}
         end_BT = jnp.zeros(x_BTD.shape[:2])
         named = {"value_BTEW": read["value_VEW"], "reward_BTW": read["reward_VW"], "user_BTEV": read["user_VEV"]}
-        return Heads(logits_BTV=read["logits_VV"], end_BT=end_BT, real_BT=read["real_V"], **named)
+        return Heads(
+            logits_BTV=read["logits_VV"], end_BT=end_BT, real_BT=read["real_V"], belief_BTZ=end_BT[..., None], **named
+        )
 
     return Net(init, None, lambda params, token_BT, dropout_key=None: jnp.asarray(token_BT)[..., None], heads, None, None)
 
