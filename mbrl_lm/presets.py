@@ -71,7 +71,7 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "tokenizer.kind": "unigram",
     "train.supervised_steps": 1000,
 }
-CONCIERGE = {  # 2,000 logged and 500 online dialogues; ten minutes on one core, half of it in a start that rows share
+CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on one core, half of it in a start for all rows
     "places": (4, 5),
     "val_logs": 300,
     "tokens": 168,
