@@ -1,6 +1,7 @@
 """The jitted update: the joint objective on real and imagined dialogues.
 
-    L = (1 - s) policy(real) + s policy(imagined) + distil + user + outcome + assistant + value + reward + end + beta KL
+    L = (1 - s) policy(real) + s policy(imagined) + distil
+        + user + belief + outcome + assistant + value + reward + end + beta KL
 
 Each component is a per-element array with a mask, normalised by its own count over the whole batch and weighted once. What
 must not be learnt from is out of a mask: the user likelihood sees real user tokens only, the policy gradient assistant

@@ -5,6 +5,7 @@ Every array's name ends in its axes; the same letters are its einsum operand and
     B rows (dialogues)   T tokens      S cached tokens   U assistant turns   R roles   V vocabulary   L layers
     D width              N query heads K key/value heads G = N / K           H head size               F MLP width
     C candidates         E ensemble members              W bins of a two-hot head          X taps of a convolution
+    Z items of a context, one of which the user wants
 
 `U` counts the *assistant's* turns of a dialogue: they are the actions. Turn `u` is opened by the token that hands the floor
 to the assistant; its reward is everything that is earned until the next one opens, or until the dialogue ends.
