@@ -116,7 +116,7 @@ def test_without_real_dialogues_the_anchors_change_nothing():
 
 
 def test_what_guards_read_never_shapes_the_trunk():
-    w = world("chat", model__layers=1, loss__distil=1.0)
+    w = world("chat", model__layers=1, loss__distil=1.0, model__belief=2, world_model__goals=2)
     real, imagined = random_dialogues(w.protocol, 1, 6), written(random_dialogues(w.protocol, 2, 6))
     gradients = component_gradients(w, real, imagined)
     own = {"user_heads": {"user_EDV"}, "real_reply": {"real_D"}, "imagined_reply": {"real_D"}}
