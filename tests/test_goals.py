@@ -94,8 +94,8 @@ def test_what_was_likely_so_far():
     net = told({"a": {"a": 2.0}, "c": {"c": 1.0}})
     rows = dialogue(CHAT, LISTS[:2])
     so_far_BZT = np.asarray(goals.log_likelihoods_so_far(net, CHAT, {}, rows, 3))
-    T = so_far_BZT.shape[2]
-    for t in range(T):
+    T, first = so_far_BZT.shape[2], int(np.argmax(np.all(rows.author_BT != pr.CONTEXT, axis=0)))
+    for t in range(first, T):
         prompts = rollout.prefix(CHAT, rows, jnp.full(2, t + 1))
         expected = goals.log_likelihoods(net, CHAT, {}, prompts, 3)
         np.testing.assert_allclose(so_far_BZT[:, :, t], expected, rtol=1e-5)

@@ -19,7 +19,7 @@ from mbrl_lm.types import Dialogue
 
 B, T = 8, 24
 PROBES = ("probe_BTV", "watched_BTV")
-LIKELIHOOD = ("user", "user_heads", "outcome", "assistant", "value_real", "reward", "end", "belief")
+LIKELIHOOD = ("user", "user_heads", "outcome", "assistant", "value_real", "reward", "end")
 RETURN = (
     *LIKELIHOOD,
     "value",
@@ -332,7 +332,7 @@ def test_the_world_models_weight_falls_as_the_return_rises():
 def test_every_component_has_a_loss_and_a_mask(rl):
     w, real = learner_world(), real_rows()
     masks = targets.masks(w.protocol, real, find_turns(w.protocol, real), jnp.zeros(B, bool), rl)
-    assert set(masks) == set(RETURN if rl else LIKELIHOOD)
+    assert set(masks) == {*(RETURN if rl else LIKELIHOOD), "belief"}
     turns = find_turns(w.protocol, real)
     belief_BUZ = jnp.zeros((*real.reward_BU.shape, w.cfg.model.belief))
     batch = targets.Batch(real, turns, masks, real.reward_BU, real.reward_BU, jnp.zeros((B, T)), real.token_BT, belief_BUZ)
@@ -340,6 +340,7 @@ def test_every_component_has_a_loss_and_a_mask(rl):
     losses = jax.eval_shape(lambda p: learner.losses(w.net, w.protocol, w.cfg, p, reference, None, batch, None), w.params)
     assert {name: x.shape for name, x in losses.items()} == {name: x.shape for name, x in masks.items()}
     asked = {"loss__slow_value": 1.0, "loss__trust": 1.0, "loss__distil": 1.0, "guard__discriminator": 0.1}
+    asked |= {"model__belief": 3, "world_model__goals": 3}
     _, state = at_update(0)
     weights = learner.weights(config_of(**asked), state, True) if rl else learner.likelihood_weights(config_of(**asked))
     assert set(weights) == set(masks)

@@ -94,7 +94,7 @@ def test_nothing_before_a_token_sees_it():
         changed = forward(w.params, other)
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(changed), strict=True):
             assert (a[:, :t] == b[:, :t]).all()
-            assert float(jnp.min(jnp.max(jnp.abs(a[:, t] - b[:, t]), axis=0))) > 0
+            assert a.size == 0 or float(jnp.min(jnp.max(jnp.abs(a[:, t] - b[:, t]), axis=0))) > 0
         if t < 11:
             assert float(jnp.max(jnp.abs(whole.logits_BTV[:, -1] - changed.logits_BTV[:, -1]))) > 1e-4
 
