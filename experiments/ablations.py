@@ -46,8 +46,8 @@ OFF = {"guard.penalty": 0.0, "guard.truncation": 0.0, "guard.discriminator": 0.0
 NO_IMAGINATION = {"imagine.batch": 0, **OFF}
 # Without imagination smaller steps do better: success .63 instead of .60 with the weights of the full method (five seeds).
 SMALL_STEPS = {"loss.policy": 2.0, "loss.trust": 0.3, "loss.kl": 0.01}
-UNTOLD = {"model.belief": 0, "world_model.goals": 0}  # what users want is no variable of the model
-MODEL_FREE = {**NO_IMAGINATION, **SMALL_STEPS, **UNTOLD, "loss.user": 0.0}
+NO_GOALS = {"model.belief": 0, "world_model.goals": 0}  # what users want is no variable of the model
+MODEL_FREE = {**NO_IMAGINATION, **SMALL_STEPS, **NO_GOALS, "loss.user": 0.0}
 START = {"train.rl_steps": 0, "collect.every": 0, **NO_IMAGINATION}  # the likelihood phase alone
 
 
@@ -74,22 +74,23 @@ def _model_free(full: Config) -> list[Row]:
     quarter = paced(full, max(full.train.rl_steps // 4, 1))
     rl, nll = "1 model-free RL", "2 the user's words as well"
     rows = [
-        Row("1_model_free", rl, MODEL_FREE | quarter, "real dialogues only, a quarter of the updates", start=UNTOLD,
+        Row("1_model_free", rl, MODEL_FREE | quarter, "real dialogues only, a quarter of the updates", start=NO_GOALS,
             expects="lower"),
-        Row("1b_model_free", rl, MODEL_FREE, "the same with as many updates as the full method", start=UNTOLD,
+        Row("1b_model_free", rl, MODEL_FREE, "the same with as many updates as the full method", start=NO_GOALS,
             expects="lower", tried=12),
     ]  # fmt: skip
     for loss in ("nll", "mae"):
         for weight in (0.01, 0.05, 0.2, 1.0):
             overrides = MODEL_FREE | {"loss.user": weight, "world_model.loss": loss}
             shows = f"user {loss.upper()} beside model-free RL, as a representation loss"
-            rows.append(Row(f"2_{loss}_{weight:g}", nll, overrides, shows, start=UNTOLD, against="1b_model_free"))
+            rows.append(Row(f"2_{loss}_{weight:g}", nll, overrides, shows, start=NO_GOALS, against="1b_model_free"))
     adaptive = MODEL_FREE | {"loss.user": 1.0, "world_model.loss": "mae", "world_model.adaptive": True}
     placebo = MODEL_FREE | {"loss.user": 0.2, "world_model.shuffled": True}
     return [
         *rows,
-        Row("2_mae_adaptive", nll, adaptive, "its weight falls as the return rises", start=UNTOLD, against="1b_model_free"),
-        Row("3_placebo", "3 placebo", placebo, "users' turns of other dialogues teach nothing of this one", start=UNTOLD,
+        Row("2_mae_adaptive", nll, adaptive, "its weight falls as the return rises", start=NO_GOALS,
+            against="1b_model_free"),
+        Row("3_placebo", "3 placebo", placebo, "users' turns of other dialogues teach nothing of this one", start=NO_GOALS,
             expects="no clear difference", against="1b_model_free"),
         *(
             Row(f"4_tokens_{tokens}", "4 which user tokens", {"world_model.tokens": tokens}, f"{what} beside RL")
@@ -108,10 +109,10 @@ def _imagination(full: Config) -> list[Row]:
         Row("5_population", who, {"imagine.user": "population"}, "drawn from past users: harder to exploit"),
         Row("5_untold", who, untold, "it wants one of the places, and the policy is not told which are likely", start=untold,
             expects="lower"),
-        Row("5_no_goals", who, UNTOLD, "it does not keep to one of the places, but to its own words", start=UNTOLD,
+        Row("5_no_goals", who, NO_GOALS, "it does not keep to one of the places, but to its own words", start=NO_GOALS,
             expects="lower"),
-        Row("5_no_goals_live", who, UNTOLD | {"imagine.user": "live"}, "the same, refreshed in every update", start=UNTOLD,
-            expects="lower"),
+        Row("5_no_goals_live", who, NO_GOALS | {"imagine.user": "live"}, "the same, refreshed in every update",
+            start=NO_GOALS, expects="lower"),
         Row("5_oracle", who, {"imagine.user": "oracle", **OFF}, "the true user imagines: what a perfect model is worth",
             expects="higher"),
     ]  # fmt: skip
@@ -179,7 +180,7 @@ def _signal_and_start(full: Config) -> list[Row]:
     greedy, outcome = {"signal": "rating", "returns.discount": 0.0}, {"signal": "outcome"}
     # Nothing comes before RL: it gets all the updates, at the rate of the likelihood phase, and learns to speak in it.
     scratch = {"train.supervised_steps": 0, "train.rl_learning_rate": full.train.learning_rate}
-    scratch |= {"imagine.user": "live", **UNTOLD}  # goals, and who imagines, are found in the likelihood phase
+    scratch |= {"imagine.user": "live", **NO_GOALS}  # goals, and who imagines, are found in the likelihood phase
     scratch |= paced(full, full.train.supervised_steps + full.train.rl_steps)
     joint = scratch | {"loss.assistant": 1.0}
     alone = MODEL_FREE | scratch | {"loss.assistant": 0.0}

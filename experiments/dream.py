@@ -102,7 +102,7 @@ def main(run: app.Run):
         imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg), experience.openings
     else:
         imagine, prompts_at = functools.partial(dream, net, corpus.protocol, cfg), experience.prompts
-    imagine, imagined_user = pjit(imagine, mesh), functools.partial(learner.imagined_user, cfg.imagine)
+    imagine = pjit(imagine, mesh)
 
     app.say("getting ready to judge")
     evaluation = Evaluation(plain, net, corpus, mesh, run.workdir)
@@ -134,13 +134,11 @@ def main(run: app.Run):
                 loop.state, metrics = by_return(loop.state, real, imagined, jax.random.fold_in(key, 3))
             loop.learnt(metrics, real)
             if loop.evaluates:
-                user = imagined_user(loop.state, seed) if since >= 0 else None
-                figures, samples, _ = evaluation.interim(loop.state.params, seed, user)
+                figures, samples, _ = evaluation.interim(loop.state.params, seed, learner.judged_user(cfg, loop.state))
                 loop.write(figures | experience.counts(loop.state), samples)
         if loop.finished:
             loop.phase("last evaluation")
-            user = imagined_user(loop.state, seed) if cfg.train.rl_steps else None
-            figures, samples, _ = evaluation.final(loop.state.params, seed, user)
+            figures, samples, _ = evaluation.final(loop.state.params, seed, learner.judged_user(cfg, loop.state))
             figures |= experience.counts(loop.state) | {f"logs/{cfg.signal}": corpus.train.reward_BU.sum(axis=1).mean()}
             loop.write(figures, samples)
     if loop.finished:

@@ -97,6 +97,12 @@ def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
     return jax.tree.map(lambda x: x[place], state.population)
 
 
+def judged_user(cfg: config.Config, state: TrainState) -> Any:
+    """Whose parameters speak for the user where a run's policy is judged in imagination: as in RL; None before that."""
+    began = int(state.step) > cfg.train.supervised_steps
+    return imagined_user(cfg.imagine, state, jax.random.key(cfg.seed)) if began else None
+
+
 def likelihood_weights(cfg: config.Config) -> dict[str, Any]:
     """The weight of each component while both speakers are learnt by likelihood alone."""
     loss = cfg.loss
@@ -209,7 +215,6 @@ def make_update(
     *,
     rl: bool,
     dropout: bool = True,
-    shards: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, tuple[Array, Array]]]]:
     """Builds `update(state, real, imagined, key) -> state, metrics`, to be compiled by `pjit`.
 
@@ -217,16 +222,15 @@ def make_update(
       net, protocol, cfg, optimizer: what the run is made of.
       rl: False while both speakers are learnt by likelihood; `imagined` then is ignored and may be None.
       dropout: as the model has it, while both speakers are learnt by likelihood; RL goes without.
-      shards: over how many devices rows are spread; gradients are accumulated over `train.micro_batch` rows of each.
 
     Returns:
-      The update; its metrics are (sum, weight) pairs.
+      The update. It accumulates gradients over `train.micro_batch` rows of each device; its metrics are (sum, weight) pairs.
     """
 
     def parts_of(rows: int) -> int:
-        return micro_batches.parts_of(rows, cfg.train.micro_batch, shards) if cfg.train.micro_batch else 1
+        return micro_batches.parts_of(rows, cfg.train.micro_batch) if cfg.train.micro_batch else 1
 
-    targets = make_targets(net, protocol, cfg, parts_of, rl, shards)
+    targets = make_targets(net, protocol, cfg, parts_of, rl)
     widths = cfg.widths if rl else ()  # batches to learn by likelihood from come in dialogues of like length
 
     def update(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
@@ -280,5 +284,4 @@ def make_update(
 
 def compile_update(net: Net, protocol: pr.Protocol, cfg: config.Config, optimizer, mesh: jax.sharding.Mesh, **kind: bool):
     """The jitted update on a mesh, `kind` as in `make_update`; the old state's memory is reused."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return pjit(make_update(net, protocol, cfg, optimizer, shards=shards, **kind), mesh, donate=(0,))
+    return pjit(make_update(net, protocol, cfg, optimizer, **kind), mesh, donate=(0,))

@@ -10,7 +10,7 @@ from mbrl_lm.sharding import constrain, row_shards
 from mbrl_lm.turns import prompt_lengths
 from mbrl_lm.types import Array, Dialogue
 
-AT_ONCE_ON_CPU = 8
+AT_ONCE_ON_CPU = 8  # rows: what a token loop or a forward pass keeps of more of them leaves the processor's own cache
 AT_ONCE = 64  # rows of each device that are read in one forward pass elsewhere; it is memory that limits them
 
 
@@ -19,12 +19,9 @@ def rows_at_once() -> int:
     return AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
 
 
-def parts_of(rows: int, at_once: int, shards: int | None = None) -> int:
-    """Into how many parts rows are divided, so that all have the same number, and each device at most `at_once` of them.
-
-    `shards`: over how many devices rows are spread, if not those of the present `pjit`.
-    """
-    shards = row_shards() if shards is None else shards
+def parts_of(rows: int, at_once: int) -> int:
+    """Into how many parts rows are divided, so that all have the same number, and each device at most `at_once` of them."""
+    shards = row_shards()
     each = rows // shards if rows % shards == 0 else rows  # what cannot be spread is on every device
     return next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= at_once)
 

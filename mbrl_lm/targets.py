@@ -15,6 +15,7 @@ from mbrl_lm.micro_batches import mapped, merge_rows, split_rows
 from mbrl_lm.nn import Net
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.scoring import score
+from mbrl_lm.sharding import row_shards
 from mbrl_lm.turns import find_turns, gather, spread, total
 from mbrl_lm.types import Array, Dialogue, Heads, Params, TrainState, Turns
 
@@ -105,16 +106,13 @@ def masks(
     }
 
 
-def make_targets(
-    net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: Callable[[int], int], rl: bool, shards: int = 1
-):
+def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: Callable[[int], int], rl: bool):
     """Builds `targets(state, real, imagined, key) -> batch, state, metrics`; nothing of it is differentiated.
 
     Args:
       net, protocol, cfg: what the run is made of.
       parts_of: rows -> into how many parts they are divided for a forward pass.
       rl: False while both speakers are learnt by likelihood.
-      shards: over how many devices rows are spread.
     """
     centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
     true_reward = cfg.imagine.user == "oracle" or cfg.imagine.sides == 2
@@ -183,7 +181,7 @@ def make_targets(
 
         One dialogue in two while there are many.
         """
-        most, every = cfg.world_model.goals, 1 if rl or real.token_BT.shape[0] % (2 * shards) else 2
+        most, every = cfg.world_model.goals, 1 if rl or real.token_BT.shape[0] % (2 * row_shards()) else 2
         some, uid_B = jax.tree.map(lambda x: x[::every], real), real.uid_B[::every]
         logp_BZT = goals.log_likelihoods_so_far(net, protocol, state.target, some, most)
         logp_BZ, belief_BTZ = logp_BZT[..., -1], goals.belief(logp_BZT, cfg.model.belief)

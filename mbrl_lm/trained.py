@@ -30,15 +30,12 @@ class Trained(NamedTuple):
 
     def imagined_user(self, cfg: Config) -> Params | None:
         """Whose words users have in imagination, as in training; None: the model's own."""
-        return learner.imagined_user(cfg.imagine, self.state, jax.random.key(cfg.seed)) if self._rl_began(cfg) else None
+        return learner.judged_user(cfg, self.state)
 
     def planned_user(self, cfg: Config) -> Params | None:
         """Whose words a planner imagines: the model's of when RL began, fitted to people alone; None: the present one's."""
-        began = cfg.train.supervised_steps and self._rl_began(cfg)  # else there is no other one
+        began = cfg.train.supervised_steps and self.step > cfg.train.supervised_steps  # else there is no other one
         return self.state.reference if cfg.plan != "none" and cfg.planner.user == "reference" and began else None
-
-    def _rl_began(self, cfg: Config) -> bool:
-        return self.step > cfg.train.supervised_steps
 
 
 def load(cfg: Config, workdir: pathlib.Path) -> Trained:

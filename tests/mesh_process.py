@@ -18,7 +18,6 @@ def on_mesh(sizes: list[int]) -> dict:
     w = world("chat", model__layers=1, vocab=28)
     mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
     optimizer = make_optimizer(cfg.train)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     traces = {"likelihood": 0, "return": 0, "imagine": 0}
 
     def traced(name, f):
@@ -33,7 +32,7 @@ def on_mesh(sizes: list[int]) -> dict:
         return rollout.imagine(w.net, w.protocol, params, prompt, key, tokens=cfg.tokens, turns=4)
 
     by_likelihood, by_return = (
-        traced(name, learner.make_update(w.net, w.protocol, cfg, optimizer, rl=rl, shards=shards))
+        traced(name, learner.make_update(w.net, w.protocol, cfg, optimizer, rl=rl))
         for name, rl in (("likelihood", False), ("return", True))
     )
     imagine = traced("imagine", dream)

@@ -27,8 +27,9 @@ def test_rows_of_like_length_come_together(parts):
     "rows, at_once, shards, parts",
     [(64, 8, 1, 8), (10, 8, 1, 2), (12, 8, 1, 2), (13, 8, 1, 13), (6, 8, 1, 1), (64, 8, 4, 2), (72, 8, 8, 3), (6, 8, 4, 1)],
 )
-def test_parts_are_equal_and_as_few_as_may_be(rows, at_once, shards, parts):
-    assert micro_batches.parts_of(rows, at_once, shards) == parts
+def test_parts_are_equal_and_as_few_as_may_be(monkeypatch, rows, at_once, shards, parts):
+    monkeypatch.setattr(micro_batches, "row_shards", lambda: shards)
+    assert micro_batches.parts_of(rows, at_once) == parts
 
 
 @pytest.mark.parametrize("text, width", [("bos >a stop", 3), ("bos >a a stop", 5), ("bos >a a b stop", 5), (LONG, 16)])

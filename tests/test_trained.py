@@ -113,7 +113,7 @@ def test_what_has_its_effect_later_may_differ(tmp_path):
 )
 def test_users_have_in_imagination_the_words_that_they_had_in_training(at, user, theirs):
     cfg = config(imagine__user=user)
-    model = trained.Trained(None, None, fresh(cfg), at, one_device())
+    model = trained.Trained(None, None, fresh(cfg).replace(step=jnp.int32(at)), at, one_device())
     assert model.imagined_user(cfg) is (getattr(model.state, theirs) if theirs else None)
 
 
