@@ -22,8 +22,8 @@ FINAL = (  # as they stand in the last evaluation
     "true/success", "true/success_low", "true/success_high", "true/success/seen", "true/success/seen_low",
     "true/success/seen_high", "true/success/held_out", "true/success/held_out_low", "true/success/held_out_high",
     "true/return", "true/return_low", "true/return_high", "imagined/return", "gap/total", "gap/total_low", "gap/total_high",
-    "user_nll/val",
-    "user_nll_floor/val", "user_nll/policy", "user_nll_floor/policy", "true/left", "true/hallucinated", "true/injected",
+    "gap/total/seen", "gap/total/held_out", "user_nll/val", "user_nll_floor/val", "user_nll/policy", "user_nll_floor/policy",
+    "true/left", "true/hallucinated", "true/injected",
     "real_dialogues", "generated_tokens", "gradient_steps",
 )  # fmt: skip
 FIGURES = (*FINAL, BEFORE_RL, TO_THRESHOLD, "wall_s")

@@ -236,6 +236,7 @@ COLUMNS = (
     ("return", _mean("true/return", spread=True)),
     ("imagined return", _mean("imagined/return")),
     ("gap", _mean("gap/total", spread=True)),
+    ("of seen types", _mean("gap/total/seen")),
     ("gap at step 0", _mean(BEFORE_RL)),
     ("user NLL - floor", _above("user_nll/val", "user_nll_floor/val")),
     ("on the policy's", _above("user_nll/policy", "user_nll_floor/policy")),

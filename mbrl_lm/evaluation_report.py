@@ -29,7 +29,10 @@ PLAN_COST = {
     "plan/gain": "gained with the same users", "plan/overrated": "expected above what came, when the first turn was chosen",
     "plan/tokens_a_turn": "tokens a turn", "plan/seconds_a_turn": "seconds a turn",
 }  # fmt: skip
-GAP = {"gap/total": "exploitation gap", "gap/user_model": "user-model part", "gap/reward_model": "reward-model part"}
+GAP = {
+    "gap/total": "exploitation gap", "gap/user_model": "user-model part", "gap/reward_model": "reward-model part",
+    "gap/total/seen": "the gap of seen types", "gap/total/held_out": "of held-out types",
+}  # fmt: skip
 USER = {
     "nll": "nats per token", "nll_floor": "exact floor, nats per token",
     "kl": "KL(true, learned) per turn, from what was said",

@@ -11,7 +11,7 @@ G(u^, r*), needs to know what an imagined user truly wants: of the embedded envi
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax
@@ -107,8 +107,16 @@ def interval(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dict[str, float]:
-    """The exploitation gap and its two parts, from returns that are paired by their openings."""
+def gap(
+    true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray, groups: Mapping[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """The exploitation gap and its two parts, from returns that are paired by their openings; the gap of groups of them.
+
+    Args:
+      true, real_learned, imagined: G(u*, r*), G(u*, r^) and G(u^, r^) of each opening.
+      groups: name -> whether an opening belongs to it.
+    """
+    of_groups = {f"gap/total/{name}": (imagined - true)[of] for name, of in (groups or {}).items() if of.any()}
     return {
         **interval("true/return", true),
         "true/learned_return": float(real_learned.mean()),
@@ -116,6 +124,7 @@ def gap(true: np.ndarray, real_learned: np.ndarray, imagined: np.ndarray) -> dic
         **interval("gap/total", imagined - true),
         **interval("gap/user_model", imagined - real_learned),
         **interval("gap/reward_model", real_learned - true),
+        **{x: y for name, values in of_groups.items() for x, y in interval(name, values).items()},
     }
 
 
@@ -144,7 +153,8 @@ class ConciergeJudge:
         column = {name: np.array([outcome.get(name, 0.0) for outcome in outcomes]) for name in names}
         figures = interval("true/success", column["success"].astype(np.float64))
         held_out = np.isin(column["type"], HELD_OUT_TYPES)
-        groups = {"seen": ~held_out, "held_out": held_out} | {kind: column["type"] == kind for kind in set(column["type"])}
+        known = {"seen": ~held_out, "held_out": held_out}  # by RL and by the imagined user
+        groups = known | {kind: column["type"] == kind for kind in set(column["type"])}
         for name, of in sorted(groups.items()):
             figures |= interval(f"true/success/{name}", column["success"][of].astype(np.float64)) if of.any() else {}
         for name in told + components:
@@ -154,7 +164,7 @@ class ConciergeJudge:
         if self._imagination:
             openings = self._user.openings(uids, "test")
             imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key, user)
-            figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined)
+            figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined, known)
             records = decode(told_B, self._tokenizer)
             figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])
         return Verdict({name: float(x) for name, x in figures.items()}, real)

@@ -39,6 +39,13 @@ def test_the_parts_of_the_gap_add_up():
     assert told["gap/total"] == pytest.approx(told["gap/user_model"] + told["gap/reward_model"])
 
 
+def test_the_gap_of_a_group_is_that_of_its_openings():
+    groups = {"seen": np.array([True, False, True]), "held_out": np.array([False, True, False]), "none": np.zeros(3, bool)}
+    told = gap(np.array([1.0, 2.0, 3.0]), np.zeros(3), np.array([2.0, 7.0, 7.0]), groups)
+    assert (told["gap/total/seen"], told["gap/total/held_out"]) == (2.5, 5.0)
+    assert told["gap/total"] == pytest.approx(10 / 3) and "gap/total/none" not in told
+
+
 # ---- learned returns ----
 
 
