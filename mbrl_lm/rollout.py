@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl_lm import protocol as pr
-from mbrl_lm.micro_batches import AT_ONCE_ON_CPU, mapped, parts_of
+from mbrl_lm.micro_batches import AT_ONCE_ON_CPU, mapped, narrowed, parts_of
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.sharding import letters
@@ -130,7 +130,11 @@ def _start(protocol: pr.Protocol, view: View, tokens: int, copies: int) -> Strea
     """Reads the prompt in one pass; entries past a row's own prompt are overwritten before they are seen."""
     prompt = view.prompt
     B, P = prompt.token_BT.shape
-    cache = view.net.prefill(view.params, prompt.token_BT, view.net.init_cache(B, tokens))
+
+    def prefilled(token_BT):
+        return view.net.prefill(view.params, token_BT, view.net.init_cache(B, tokens))
+
+    cache = narrowed(prefilled, (P // 2,), prompt, prompt.token_BT)
     author_B, place_B = (last_of(prompt, x) for x in (prompt.author_BT, pr.place_in_turn(prompt.turn_BT)))
     role_B = next_role(protocol, prompt)
     place_B = jnp.where(role_B == author_B, place_B + 1, 0)
@@ -172,11 +176,11 @@ def _converse(
 ) -> list[Dialogue]:
     """The token loop over one view, or over two; on a CPU a few rows at a time, those of like length together.
 
-    What a step reads of eight rows stays in the processor's own cache: one of 64 rows takes twice as long as eight of eight.
-    And each part is over when its own rows are.
+    What a step reads of eight rows, in all views, stays in the processor's own cache: one of 64 rows takes twice as long as
+    eight of eight. And each part is over when its own rows are.
     """
     B = views[0].prompt.uid_B.shape[0]
-    parts = parts_of(B, max(AT_ONCE_ON_CPU // copies, 1)) if jax.default_backend() == "cpu" else 1
+    parts = parts_of(B, max(AT_ONCE_ON_CPU // (copies * len(views)), 1)) if jax.default_backend() == "cpu" else 1
     if parts == 1:
         return _together(protocol, views, key, copies=copies, **settings)
 

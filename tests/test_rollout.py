@@ -128,7 +128,7 @@ def test_what_is_written_does_not_hang_on_how_many_rows_are_written_at_once(imag
 
     written = []
     for at_once in (B * copies, rows):
-        monkeypatch.setattr(rollout, "AT_ONCE_ON_CPU", at_once)
+        monkeypatch.setattr(rollout, "AT_ONCE_ON_CPU", 2 * at_once)  # of both views
         written.append(write())
         jax.effects_barrier()
         assert set(steps) == {at_once}
