@@ -3,10 +3,10 @@
     python launch/sweep.py [--jobs=2] [--shard=1/4] [--print] [FILE]
 
 One command line per line of FILE (or of the standard input), each with the --workdir=DIR that it writes to; a line whose DIR
-holds results.json is done. What stands after a blank line begins when all before it has ended. The output of each goes to
-DIR/log.txt. Each of the jobs has its own share of this machine's cores. A run that fails stops no other one; the exit status
-is then 1, and the last lines name it. Ctrl-C or SIGTERM asks those that run to stop, a second one asks again; the same
-command goes on with what is left.
+holds results.json is done. What stands after a blank line begins when all before it has ended, or as soon as the run is done
+that it begins with, --config.start=DIR. The output of each goes to DIR/log.txt. Each of the jobs has its own share of this
+machine's cores. A run that fails stops no other one; the exit status is then 1, and the last lines name it. Ctrl-C or
+SIGTERM asks those that run to stop, a second one asks again; the same command goes on with what is left.
 """
 
 import argparse
@@ -24,12 +24,18 @@ _POLL_S = 0.05
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false"  # a pool of threads on one core only gets in its own way
 
 
+def finished(workdir: pathlib.Path) -> bool:
+    """Whether a run has come to its end."""
+    return (workdir / "results.json").exists()
+
+
 class Command(NamedTuple):
-    """One line: what it says, where it writes to, and its stage, which begins when the one before has ended."""
+    """One line: what it says, where it writes to, its stage, which begins when the one before has ended, and its start."""
 
     line: str
     workdir: pathlib.Path
     stage: int
+    start: pathlib.Path | None = None  # of another run, with which it begins
 
     @property
     def name(self) -> str:
@@ -40,7 +46,7 @@ class Command(NamedTuple):
         return self.workdir / "log.txt"
 
     def done(self) -> bool:
-        return (self.workdir / "results.json").exists()
+        return finished(self.workdir)
 
 
 class Job(NamedTuple):
@@ -80,11 +86,16 @@ def read(text: str) -> list[Command]:
             words = shlex.split(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
-        given = [word.partition("=")[2] for word in words if word.startswith("--workdir=")]
+        given = _values(words, "--workdir")
         if len(given) != 1 or not given[0]:
             raise ValueError(f"line {number} needs one --workdir=DIR, which tells whether it is done: {line}")
-        commands.append(Command(line.strip(), pathlib.Path(given[0]), stage))
+        start = next(map(pathlib.Path, _values(words, "--config.start")), None)
+        commands.append(Command(line.strip(), pathlib.Path(given[0]), stage, start))
     return commands
+
+
+def _values(words: Sequence[str], flag: str) -> list[str]:
+    return [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
 
 
 def share(commands: Sequence[Command], shard: str) -> list[Command]:
@@ -129,12 +140,21 @@ def launch(command: Command, slot: int, jobs: int) -> Job:
     return Job(command, process, slot, time.monotonic())
 
 
-def run_stage(commands: Sequence[Command], jobs: int, stop: Stop) -> Iterator[tuple[Command, str, float]]:
+def may_begin(waiting: Sequence[Command], running: Sequence[Command]) -> Command | None:
+    """The first command of the earliest stage that has not ended, or that begins with a run that is done."""
+    stage = min((command.stage for command in [*waiting, *running]), default=0)
+    return next((x for x in waiting if x.stage == stage or (x.start and finished(x.start))), None)
+
+
+def run_all(commands: Sequence[Command], jobs: int, stop: Stop) -> Iterator[tuple[Command, str, float]]:
     """Runs commands, `jobs` at a time; as they end, yields each with what is wrong with it ("": nothing) and its minutes."""
     waiting, running, passed_on = list(commands), [], stop.asked
     while (waiting and not stop.asked) or running:
-        while waiting and len(running) < jobs and not stop.asked:
-            command = waiting.pop(0)
+        while len(running) < jobs and not stop.asked:
+            command = may_begin(waiting, [job.command for job in running])
+            if command is None:
+                break
+            waiting.remove(command)
             slot = min(set(range(jobs)) - {job.slot for job in running})
             try:
                 running.append(launch(command, slot, jobs))
@@ -158,18 +178,17 @@ def _wrong(job: Job) -> str:
 
 
 def run(commands: Sequence[Command], jobs: int) -> int:
-    """Runs what is not done, stage by stage, with one line for each that ends; returns the exit status."""
+    """Runs what is not done, with one line for each that ends; returns the exit status."""
     stop, failed = Stop(), []
     left = [command for command in commands if not command.done()]
     ended = len(commands) - len(left)
     if ended:
         _say(f"{ended} of {len(commands)} are done")
-    for stage in sorted({command.stage for command in left}):
-        for command, wrong, minutes in run_stage([c for c in left if c.stage == stage], jobs, stop):
-            ended += 1
-            how = "ok" if not wrong else "stopped" if stop.asked else "failed"
-            failed += [(command, wrong)] if how == "failed" else []
-            _say(f"{ended}/{len(commands)}  {command.name}  {minutes:.1f} min  {how}")
+    for command, wrong, minutes in run_all(left, jobs, stop):
+        ended += 1
+        how = "ok" if not wrong else "stopped" if stop.asked else "failed"
+        failed += [(command, wrong)] if how == "failed" else []
+        _say(f"{ended}/{len(commands)}  {command.name}  {minutes:.1f} min  {how}")
     if stop.asked:
         _say("stopped as asked; the same command goes on with what is left")
     for command, wrong in failed:

@@ -64,7 +64,7 @@ class Heldout:
         self._sums = pjit(_sums(net, protocol, words_V), mesh)
         self._read = pjit(lambda params, d: outcome.read(net, protocol, params, d, number), mesh)
         self._evidence = pjit(lambda params, d: goals.log_evidence(net, protocol, params, d, most), mesh) if most else None
-        self._hidden = {k: pjit(_open_loop_sums(net, protocol, words_V, T, k), mesh) for k in HORIZONS}
+        self._hidden = pjit(_open_loop_sums(net, protocol, words_V, T), mesh)
 
     def closed_loop(self, params: Params, dialogues: Dialogue | None = None) -> dict[str, float]:
         """Nats per token, perplexity per word, by role and by turn; how often a recorded outcome is read right.
@@ -107,12 +107,13 @@ class Heldout:
     def open_loop(self, params: Params, key: Array) -> dict[str, float]:
         """The real user's turn after k turns that were imagined in the place of the real ones, and after the real ones."""
         figures = {}
-        for k, sums_of in self._hidden.items():
+        for k in HORIZONS:
             total = np.zeros(5)
             for chunk, mask in chunks(self._open_loop, self._rows):
                 start_B, first_B, last_B = _hidden_turns(chunk, k)
                 last_B = np.where(mask, last_B, first_B)  # an empty turn counts nothing
-                total += np.asarray(sums_of(params, chunk, start_B, first_B, last_B, key), np.float64)
+                found = self._hidden(params, chunk, start_B, first_B, last_B, np.int32(k), key)
+                total += np.asarray(found, np.float64)
             nll, real_nll, words, tokens, turns = total
             if turns:
                 figures[f"user_word_ppl/open_loop_{k}"] = np.exp(nll / words)
@@ -170,7 +171,7 @@ def _hidden_turns(dialogue: Dialogue, k: int) -> tuple[np.ndarray, np.ndarray, n
     return tuple(places)
 
 
-def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int, k: int) -> Callable[..., Array]:
+def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int) -> Callable[..., Array]:
     """Sums over the chosen turns: nats after imagined turns, nats after the real ones, words, tokens, turns."""
 
     def user_turn(params, dialogue, first_B, length_B):
@@ -180,7 +181,7 @@ def _open_loop_sums(net: Net, protocol: pr.Protocol, words_V: np.ndarray, T: int
         nll_B = jnp.sum(jnp.where(mask_BT, score(net, protocol, params, dialogue).nll_BT, 0.0), axis=1)
         return nll_B, jnp.sum(jnp.where(mask_BT, _word_counts(jnp.asarray(words_V), dialogue), 0.0), axis=1)
 
-    def sums(params, dialogue, start_B, first_B, last_B, key):
+    def sums(params, dialogue, start_B, first_B, last_B, k, key):
         prompt = rollout.prefix(protocol, dialogue, jnp.maximum(start_B, 1))
         imagined = rollout.imagine(net, protocol, params, prompt, key, tokens=T, turns=k)
         reached_B = prompt_lengths(imagined)

@@ -117,11 +117,11 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on 
     "checkpoint_every": 750,
 }
 SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
-    "train.supervised_steps": 800,
-    "train.rl_steps": 100,
+    "train.supervised_steps": 500,
+    "train.rl_steps": 80,
     "imagine.batch": 48,
     "collect.every": 4,
-    "collect.batch": 20,
+    "collect.batch": 25,
     "eval.every": 1000,
     "eval.rl_every": 1000,
     "eval.final_dialogues": 256,

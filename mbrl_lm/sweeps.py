@@ -13,7 +13,7 @@ from absl import flags
 from mbrl_lm.config import ConfigError
 
 SWEEP = pathlib.Path(__file__).parent.parent / "launch" / "sweep.py"
-Stages = list[list[str]]  # command lines; those of a stage begin when the stage before has ended
+Stages = list[list[str]]  # command lines; those of a stage begin when the one before has ended, or their own start is done
 
 
 def command(python: str, module: str, workdir: pathlib.Path, variant: str, fields: Mapping[str, Any]) -> str:

@@ -154,6 +154,15 @@ def test_the_real_turn_is_scored_after_the_imagined_one():
     assert told["user_nll/val/open_loop_1"] == pytest.approx(50 / 2, rel=1e-5)
 
 
+def test_as_many_turns_are_imagined_as_asked_for():
+    # Both speakers write as they do in the dialogue: after any even number of imagined turns the user has the floor.
+    a, b, c = tokens("a b c")
+    params = follows(VOCAB, {pr.TO_USER: a, a: pr.TO_ASSISTANT, pr.TO_ASSISTANT: c, c: pr.TO_USER, b: pr.STOP})
+    told = open_loop(["bos e >u a >a c >u a >a c >u b stop"], params)
+    assert told["user_nll/val/open_loop_2"] == pytest.approx(0, abs=1e-5)  # of "a >a"
+    assert told["user_nll/val/open_loop_4"] == pytest.approx(50 / 2, rel=1e-5)  # of "b stop", which surprises
+
+
 def test_rows_that_fill_a_chunk_and_rows_without_a_hidden_turn_count_nothing():
     params = follows(VOCAB, {pr.TO_ASSISTANT: tokens("g")[0], tokens("g")[0]: pr.TO_USER})
     params["table"][pr.TO_USER, tokens("b")[0]] = 3.0  # so that turns differ in nats per token

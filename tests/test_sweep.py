@@ -49,8 +49,9 @@ def bench(tmp_path):
         path = tmp_path
 
         @staticmethod
-        def line(name, what="ok"):
-            return shlex.join([sys.executable, "-S", str(tmp_path / "run.py"), f"--workdir={tmp_path / name}", what])
+        def line(name, what="ok", start=""):
+            more = [f"--config.start={tmp_path / start}"] if start else []
+            return shlex.join([sys.executable, "-S", str(tmp_path / "run.py"), f"--workdir={tmp_path / name}", what, *more])
 
         @staticmethod
         def start(lines, *args, **env):
@@ -80,6 +81,20 @@ def test_what_stands_after_a_blank_line_waits(bench):
     assert [line.split()[0] for line in out] == ["1/3", "2/3", "3/3"]
     assert f"  {bench.path.name}/c  " in out[2] and out[2].endswith(" min  ok")
     assert (bench.path / "a" / "log.txt").read_text().startswith("hello from a")
+
+
+def test_what_begins_with_a_run_waits_for_that_run_alone(bench):
+    lines = [bench.line("a"), bench.line("b", "slow"), bench.line("c"), "", bench.line("d", start="c"), bench.line("e")]
+    assert bench.call(lines, "--jobs=2")[0] == 0
+    events = bench.events()
+    assert events.index("end c") < events.index("begin d") < events.index("end b") < events.index("begin e")
+
+
+def test_what_begins_with_a_run_that_fails_begins_with_its_stage(bench):
+    lines = [bench.line("a", "lost"), bench.line("b", "slow"), "", bench.line("c", start="a")]
+    status, _, err = bench.call(lines, "--jobs=2")
+    assert status == 1 and "ended without results.json" in err[0]
+    assert bench.events()[-2:] == ["begin c", "end c"]
 
 
 def test_at_most_so_many_at_a_time(bench):
