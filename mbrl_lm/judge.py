@@ -116,16 +116,17 @@ def gap(
       true, real_learned, imagined: G(u*, r*), G(u*, r^) and G(u^, r^) of each opening.
       groups: name -> whether an opening belongs to it.
     """
-    of_groups = {f"gap/total/{name}": (imagined - true)[of] for name, of in (groups or {}).items() if of.any()}
-    return {
+    figures = {
         **interval("true/return", true),
         "true/learned_return": float(real_learned.mean()),
         "imagined/return": float(imagined.mean()),
         **interval("gap/total", imagined - true),
         **interval("gap/user_model", imagined - real_learned),
         **interval("gap/reward_model", real_learned - true),
-        **{x: y for name, values in of_groups.items() for x, y in interval(name, values).items()},
     }
+    for name, of in (groups or {}).items():
+        figures |= interval(f"gap/total/{name}", (imagined - true)[of]) if of.any() else {}
+    return figures
 
 
 def temperatures(cfg: config.Config) -> np.ndarray:
@@ -153,8 +154,8 @@ class ConciergeJudge:
         column = {name: np.array([outcome.get(name, 0.0) for outcome in outcomes]) for name in names}
         figures = interval("true/success", column["success"].astype(np.float64))
         held_out = np.isin(column["type"], HELD_OUT_TYPES)
-        known = {"seen": ~held_out, "held_out": held_out}  # by RL and by the imagined user
-        groups = known | {kind: column["type"] == kind for kind in set(column["type"])}
+        in_training = {"seen": ~held_out, "held_out": held_out}
+        groups = in_training | {kind: column["type"] == kind for kind in set(column["type"])}
         for name, of in sorted(groups.items()):
             figures |= interval(f"true/success/{name}", column["success"][of].astype(np.float64)) if of.any() else {}
         for name in told + components:
@@ -164,7 +165,7 @@ class ConciergeJudge:
         if self._imagination:
             openings = self._user.openings(uids, "test")
             imagined, told_B = self._imagination.imagined(params, openings, temperatures(self._cfg), key, user)
-            figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined, known)
+            figures |= gap(real.reward_BU.sum(axis=1), self._imagination.learned(params, real), imagined, in_training)
             records = decode(told_B, self._tokenizer)
             figures["imagined/true_return"] = np.mean([true_return(r, "test", self._cfg.noise) for r in records])
         return Verdict({name: float(x) for name, x in figures.items()}, real)
