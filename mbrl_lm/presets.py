@@ -117,11 +117,10 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on 
     "checkpoint_every": 750,
 }
 SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
-    "widths": (),  # updates are too few to win back what more of them take to compile
     "train.supervised_steps": 450,
-    "train.rl_steps": 80,
-    "imagine.batch": 48,
-    "collect.every": 4,
+    "train.rl_steps": 60,
+    "imagine.batch": 40,
+    "collect.every": 3,
     "collect.batch": 25,
     "eval.every": 1000,
     "eval.rl_every": 1000,
