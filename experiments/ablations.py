@@ -61,7 +61,7 @@ def make_rows(full: Config) -> list[Row]:
       full: the config of the full method.
     """
     return [
-        Row("full", "full", {}, "the full method", tried=47),
+        Row("full", "full", {}, "the full method", tried=51),
         *_model_free(full),
         *_imagination(full),
         *_guards(full),

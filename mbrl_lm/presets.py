@@ -71,7 +71,7 @@ CHAT = NO_RL | {  # recorded conversations without a reward: the world model and
     "tokenizer.kind": "unigram",
     "train.supervised_steps": 1000,
 }
-CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on one core, half of it in a start for all rows
+CONCIERGE = {  # 2,000 logged and 500 online dialogues; eleven minutes on one core, most of it in a start for all rows
     "places": (4, 5),
     "val_logs": 300,
     "tokens": 168,
@@ -104,7 +104,7 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on 
     "train.rl_batch": 8,
     "train.micro_batch": 8,
     "imagine.reward": "learned",
-    "imagine.batch": 64,
+    "imagine.batch": 16,
     "imagine.openings": 0.5,
     "imagine.share": (0.7, 0.7),
     "imagine.user": "frozen",
@@ -118,10 +118,9 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; a quarter of an hour on 
 }
 SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
     "train.supervised_steps": 450,
-    "train.rl_steps": 60,
-    "imagine.batch": 40,
-    "collect.every": 3,
-    "collect.batch": 25,
+    "train.rl_steps": 100,
+    "collect.every": 4,
+    "collect.batch": 20,
     "eval.every": 1000,
     "eval.rl_every": 1000,
     "eval.final_dialogues": 256,
@@ -146,6 +145,7 @@ LARGE = CONCIERGE | {  # catalogues of four to eight places, and logs enough for
     "train.rl_steps": 300,
     "train.learning_rate": 3e-3,
     "train.rl_learning_rate": 2e-4,
+    "imagine.batch": 64,
     "imagine.user": "live",
     "world_model.goals": 0,
     "model.belief": 0,
