@@ -19,6 +19,7 @@ beside --workdir, it adds the rows and seeds that have no runs in W.
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -42,6 +43,7 @@ CLAIMS = (
 GUARDS = {"penalty": 0.1, "truncation": 3.0, "discriminator": 0.1, "anchors": True}
 USER_HEADS = 5  # the same
 GUARD_ROWS = "8 guards"
+FEW_LOGS = 300  # instead of 2,000: a model that RL exploits
 OFF = {"guard.penalty": 0.0, "guard.truncation": 0.0, "guard.discriminator": 0.0, "guard.anchors": False}
 NO_IMAGINATION = {"imagine.batch": 0, **OFF}
 # Without imagination smaller steps do better: success .63 instead of .60 with the weights of the full method (five seeds).
@@ -67,6 +69,7 @@ def make_rows(full: Config) -> list[Row]:
         *_guards(full),
         *_network_and_gradient(full),
         *_signal_and_start(full),
+        *_poor_model(full),
     ]
 
 
@@ -132,16 +135,46 @@ def _imagination(full: Config) -> list[Row]:
 
 def _guards(full: Config) -> list[Row]:
     group = GUARD_ROWS
-    on = {name: getattr(full.guard, name) or value for name, value in GUARDS.items()}
-    heads = {"model.user_heads": full.model.user_heads or USER_HEADS}
+    on, heads = _guarded(full), _heads(full)
     rows = [Row("8_none", group, OFF, "the gap of an unguarded policy", expects="higher", figure="gap/total")]
     for name, value in on.items():
-        asks = heads if name in ("penalty", "truncation") else {}
-        rows.append(Row(f"8_{name}", group, OFF | {f"guard.{name}": value} | asks, "a smaller gap, alone", start=asks,
+        asks = heads if name in ("guard.penalty", "guard.truncation") else {}
+        rows.append(Row(name.replace("guard.", "8_"), group, OFF | {name: value} | asks, "a smaller gap, alone", start=asks,
                         expects="lower", figure="gap/total", against="8_none"))  # fmt: skip
-    everything = {f"guard.{name}": value for name, value in on.items()} | heads
-    return [*rows, Row("8_all", group, everything, "half the gap of no guard, at no loss of success", start=heads,
+    return [*rows, Row("8_all", group, on | heads, "half the gap of no guard, at no loss of success", start=heads,
                        expects="lower", figure="gap/total", against="8_none")]  # fmt: skip
+
+
+def _guarded(full: Config) -> dict[str, Any]:
+    """All guards on, those that the preset has off as in GUARDS."""
+    return {f"guard.{name}": getattr(full.guard, name) or value for name, value in GUARDS.items()}
+
+
+def _heads(full: Config) -> dict[str, int]:
+    """An ensemble, which doubt is read off."""
+    return {"model.user_heads": full.model.user_heads or USER_HEADS}
+
+
+def _poor_model(full: Config) -> list[Row]:
+    few = {"logs": min(FEW_LOGS, full.logs)}
+    group, start = "13 guards of a poor model", few | _heads(full)
+    trusted = {"loss.kl": 10 * full.loss.kl}
+    real = {"imagine.share": (0.3, 0.3)}
+    rows = [
+        Row("13_model_free", group, MODEL_FREE | few, "300 logs, and no model", start=NO_GOALS | few, against="13_none"),
+        Row("13_none", group, OFF | start, "imagined users who like what true ones do not", start=start),
+    ]
+    for name, overrides, shows, tried in (
+        ("kl", trusted, "ten times the KL to where RL began", 1),
+        ("real", real, "real dialogues have the larger share of the policy gradient", 1),
+        ("kl_real", trusted | real, "both", 6),
+        ("live", {"imagine.user": "live"}, "imagined user refreshed in every update", 1),
+        ("anchors", {"guard.anchors": True}, "imagined returns mapped to real ones", 1),
+        ("all", _guarded(full), "the guards of 8_all", 1),
+    ):
+        rows.append(Row(f"13_{name}", group, OFF | start | overrides, shows, start=start, expects="lower",
+                        figure="gap/total", against="13_none", tried=tried))  # fmt: skip
+    return rows
 
 
 def _network_and_gradient(full: Config) -> list[Row]:

@@ -53,7 +53,7 @@ def test_a_row_and_the_run_that_it_begins_from_agree_in_what_likelihood_hangs_on
 
 def test_every_group_of_the_table_is_there(plan):
     groups = {row.group.split()[0] for row in plan.rows.values()}
-    assert groups == {"full", *map(str, range(1, 13)), "N1", "N2"}
+    assert groups == {"full", *map(str, range(1, 14)), "N1", "N2"}
 
 
 def test_a_row_that_contradicts_itself_is_named(monkeypatch):
@@ -123,8 +123,8 @@ def test_groups_and_names_are_selected_in_the_order_of_the_table(plan):
     main, quick = (ablations.select(plan, name) for name in ("main", "quick"))
     assert quick[:2] == ["full", "1b_model_free"] and len(quick) == 3 and set(main) < set(claimed)  # 8_none is full
     assert "8_all" in claimed and "9_adapter" not in claimed
-    with pytest.raises(config.ConfigError, match="--rows=13 is no row: use all, main, quick, claims"):
-        ablations.select(plan, "6,13")
+    with pytest.raises(config.ConfigError, match="--rows=14 is no row: use all, main, quick, claims"):
+        ablations.select(plan, "6,14")
 
 
 # ---- command lines ----
@@ -437,7 +437,7 @@ def test_commands_are_listed_in_stages_and_none_is_run(tmp_path, capsys):
     "args, message",
     [
         (["--rows=quick"], "--workdir=DIR is missing"),
-        (["--workdir=w", "--rows=13"], "--rows=13 is no row"),
+        (["--workdir=w", "--rows=14"], "--rows=14 is no row"),
         (["--workdir=w", "--variant=huge"], "--variant=huge is unknown"),
         (["--workdir=w", "--rws=6"], "Unknown command line flag 'rws'"),
         (["--workdir=w", "--seeds=0"], "flag --seeds=0"),
