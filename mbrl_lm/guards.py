@@ -4,10 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import lsq_linear
 
 from mbrl_lm.types import Array, TrainState
 
 QUANTILES = 17  # of the anchors
+_NARROWEST = 1e-9  # an interval for the solver, where quantiles are equal
 
 
 def disagreement(user_BTEV: Array) -> Array:
@@ -53,16 +55,23 @@ def before_first(stop_BU: Array) -> Array:
 
 
 def anchors(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The quantiles of imagined returns and of the real ones of the same openings: (2, W), knots of a monotone map.
+    """The quantiles of imagined returns, and where they come to: (2, W), knots of a monotone map.
 
-    A map between distributions, not a regression of one on the other: that would shrink to the mean, since single dialogues
-    of one opening have little to do with each other.
+    Of all maps that are monotone and stretch nothing, it is the nearest one to the quantiles of the real returns of the same
+    openings, by least squares. A map between distributions, not a regression of one on the other: that would shrink to the
+    mean, since single dialogues of one opening have little to do with each other. It may not stretch: where more dialogues
+    succeed in imagination than in truth, the slower ones of the successes would be worth what failures are.
     """
     levels = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    return np.stack([np.quantile(imagined, levels), np.quantile(real, levels)]).astype(np.float32)
+    x_W, y_W = np.quantile(imagined, levels), np.quantile(real, levels)
+    most_W = np.diff(x_W, prepend=-np.inf)  # the first knot goes anywhere, the others up, by as much as in imagination
+    least_W = np.where(np.isinf(most_W), -np.inf, 0.0)
+    sums_WW = np.tril(np.ones((QUANTILES, QUANTILES)))
+    steps = lsq_linear(sums_WW, y_W, (least_W, np.maximum(most_W, least_W + _NARROWEST)), method="bvls")
+    return np.stack([x_W, sums_WW @ steps.x]).astype(np.float32)
 
 
 def to_real(return_BU: Array, anchor_XW: Array) -> Array:
-    """Imagined returns at the real ones' scale: x + shift(x), linear between the anchors and constant beyond them."""
+    """Imagined returns at the real ones' level: x + shift(x), linear between the anchors and constant beyond them."""
     chex.assert_rank(anchor_XW, 2)
     return return_BU + jnp.interp(return_BU, anchor_XW[0], anchor_XW[1] - anchor_XW[0])

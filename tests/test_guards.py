@@ -73,9 +73,9 @@ def test_before_first():
 
 @functools.cache
 def returns(seed=0):
-    """Imagined returns that are too high and too narrow, and real ones."""
+    """Imagined returns that are too high and too wide, and real ones."""
     rng = np.random.default_rng(seed)
-    return rng.normal(0.8, 0.1, 200), rng.normal(0.2, 0.4, 300)
+    return rng.normal(0.8, 0.4, 200), rng.normal(0.2, 0.1, 300)
 
 
 def test_anchors_are_quantiles_and_do_not_pair_single_dialogues():
@@ -84,11 +84,11 @@ def test_anchors_are_quantiles_and_do_not_pair_single_dialogues():
     assert anchor_XW.shape == (2, guards.QUANTILES) and anchor_XW.dtype == np.float32
     assert (anchor_XW == guards.anchors(imagined[::-1], np.random.default_rng(1).permutation(real))).all()
     half = guards.QUANTILES // 2
-    np.testing.assert_allclose(anchor_XW[:, half], [np.median(imagined), np.median(real)], rtol=1e-5)
+    np.testing.assert_allclose(anchor_XW[:, half], [np.median(imagined), np.median(real)], rtol=1e-4)
     assert np.mean(imagined < anchor_XW[0, 0]) == pytest.approx(0.5 / guards.QUANTILES, abs=0.01)
 
 
-def test_imagined_returns_come_to_the_scale_of_real_ones():
+def test_imagined_returns_come_to_the_level_of_real_ones():
     imagined, real = returns()
     anchor_XW = guards.anchors(imagined, real)
     np.testing.assert_allclose(guards.to_real(jnp.asarray(anchor_XW[:1]), anchor_XW), anchor_XW[1:], atol=1e-6)
@@ -98,6 +98,23 @@ def test_imagined_returns_come_to_the_scale_of_real_ones():
     grid = np.asarray(guards.to_real(jnp.linspace(-1, 2, 500)[None], anchor_XW))[0]
     assert (np.diff(grid) > 0).all()
     assert told[0, imagined.argmax()] == told.max() and told[0, imagined.argmin()] == told.min()
+
+
+def test_anchors_never_stretch():
+    """Real returns that are wider are met in the mean alone."""
+    real, imagined = returns()
+    told = np.asarray(guards.to_real(jnp.asarray(imagined, jnp.float32)[None], guards.anchors(imagined, real)))
+    assert told.mean() == pytest.approx(real.mean(), abs=0.05) and told.std() == pytest.approx(imagined.std(), abs=0.005)
+
+
+def test_slow_successes_of_imagination_are_no_failures():
+    """Eleven of 17 imagined dialogues succeed, at 1 or .9, and five real ones: what a turn costs stays a tenth, and success
+    comes to the mean of the real dialogues of these ranks, less that tenth: (5 * (1 - .1) + 6 * 0) / 11."""
+    imagined = np.array([0.0] * 6 + [0.9] * 6 + [1.0] * 5)
+    anchor_XW = guards.anchors(np.repeat(imagined, 100), np.repeat([0.0] * 12 + [1.0] * 5, 100))
+    np.testing.assert_allclose(anchor_XW[0], imagined, atol=1e-6)
+    slow = (5 * (1 - 0.1) + 6 * 0.0) / 11
+    np.testing.assert_allclose(anchor_XW[1], [0.0] * 6 + [slow] * 6 + [slow + 0.1] * 5, atol=1e-5)
 
 
 def test_to_real_by_hand():
