@@ -38,6 +38,8 @@ CLAIMS = (
     Claim("The level, of the true user's (or the last)", "full", "true/success/seen", "ratio", "5_oracle", 0.9),
     Claim("Guards halve the gap", "8_all", "gap/total", "ratio_below", "8_none", 0.5),
     Claim("Guards cost no success", "8_all", "true/success", "no_loss", "8_none"),
+    Claim("A poor model: real dialogues first halve the gap", "13_real", "gap/total", "ratio_below", "13_none", 0.5),
+    Claim("A poor model: at no cost of success", "13_real", "true/success", "no_loss", "13_none"),
 )
 # Where the preset has them off. Doubt about imagined replies is .1 to .3 deviations on average, when RL begins.
 GUARDS = {"penalty": 0.1, "truncation": 3.0, "discriminator": 0.1, "anchors": True}

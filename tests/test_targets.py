@@ -137,6 +137,14 @@ def test_real_replies_calibrate_the_doubt():
     np.testing.assert_allclose(doubted.doubt_U, state.doubt_U, atol=1e-6, err_msg="imagined replies do not")
 
 
+def test_replies_to_the_policy_itself_calibrate_the_doubt_where_there_are_any():
+    """Recorded dialogues, which the model may know by heart, have no doubt about "b", and the policy's have it about "h"."""
+    net, known = told_net(**KNOWS, doubtful=tokens("h")), rows(THREE.replace("h", "b"), copies=3)
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), known, written(rows()))
+    state = built(net, real=both, returns__scale_decay=0.5)[1]
+    np.testing.assert_allclose(state.doubt_U, [0, LN2 / 2, 0], atol=1e-6)
+
+
 def test_doubt_is_paid_for_in_imagination():
     net = told_net(**KNOWS, doubtful=tokens("h"))
     batch, _, _ = built(net, guard__penalty=0.1)
