@@ -160,16 +160,15 @@ def _heads(full: Config) -> dict[str, int]:
 def _poor_model(full: Config) -> list[Row]:
     few = {"logs": min(FEW_LOGS, full.logs)}
     group, start = "13 guards of a poor model", few | _heads(full)
-    trusted = {"loss.kl": 10 * full.loss.kl}
-    real = {"imagine.share": (0.3, 0.3)}
+    near, real = {"loss.kl": 10 * full.loss.kl}, {"imagine.share": (0.3, 0.3)}
     rows = [
         Row("13_model_free", group, MODEL_FREE | few, "300 logs, and no model", start=NO_GOALS | few, against="13_none"),
         Row("13_none", group, OFF | start, "imagined users who like what true ones do not", start=start),
     ]
     for name, overrides, shows, tried in (
-        ("kl", trusted, "ten times the KL to where RL began", 1),
-        ("real", real, "real dialogues have the larger share of the policy gradient", 1),
-        ("kl_real", trusted | real, "both", 6),
+        ("kl", near, "ten times the KL to where RL began", 1),
+        ("real", real, "real dialogues have the larger share of the policy gradient", 6),
+        ("kl_real", near | real, "both", 1),
         ("live", {"imagine.user": "live"}, "imagined user refreshed in every update", 1),
         ("anchors", {"guard.anchors": True}, "imagined returns mapped to real ones", 1),
         ("all", _guarded(full), "the guards of 8_all", 1),
