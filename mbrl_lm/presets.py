@@ -118,9 +118,10 @@ CONCIERGE = {  # 2,000 logged and 500 online dialogues; eleven minutes on one co
 }
 SHORT = CONCIERGE | {  # the main job of launch/local.sh: three rows and their starts in ten minutes
     "train.supervised_steps": 450,
-    "train.rl_steps": 100,
-    "collect.every": 4,
-    "collect.batch": 20,
+    "train.rl_steps": 60,
+    "imagine.batch": 40,
+    "collect.every": 3,
+    "collect.batch": 25,
     "eval.every": 1000,
     "eval.rl_every": 1000,
     "eval.final_dialogues": 256,
