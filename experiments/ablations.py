@@ -41,7 +41,7 @@ CLAIMS = (
     Claim("A poor model: real dialogues first halve the gap", "13_real", "gap/total", "ratio_below", "13_none", 0.5),
     Claim("A poor model: at no cost of success", "13_real", "true/success", "no_loss", "13_none"),
 )
-# Where the preset has them off. Doubt about imagined replies is .1 to .3 deviations on average, when RL begins.
+# Where the preset has them off. Doubt about imagined replies is -.1 to 1 deviation on average, when RL begins.
 GUARDS = {"penalty": 0.1, "truncation": 3.0, "discriminator": 0.1, "anchors": True}
 USER_HEADS = 5  # the same
 GUARD_ROWS = "8 guards"
@@ -162,7 +162,7 @@ def _poor_model(full: Config) -> list[Row]:
     group, start = "13 guards of a poor model", few | _heads(full)
     near, real = {"loss.kl": 10 * full.loss.kl}, {"imagine.share": (0.3, 0.3)}
     rows = [
-        Row("13_model_free", group, MODEL_FREE | few, "300 logs, and no model", start=NO_GOALS | few, against="13_none"),
+        Row("13_model_free", group, MODEL_FREE | few, "as few logs, and no model", start=NO_GOALS | few, against="13_none"),
         Row("13_none", group, OFF | start, "imagined users who like what true ones do not", start=start),
     ]
     for name, overrides, shows, tried in (

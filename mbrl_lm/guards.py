@@ -28,7 +28,7 @@ def disagreement(user_BTEV: Array) -> Array:
 def doubt(disagreement_BU: Array, state: TrainState) -> Array:
     """Standard deviations by which the disagreement on a reply is above what it is on real replies to turns of that number.
 
-    Disagreement may fall along a dialogue while the error grows, hence a scale for each turn.
+    Disagreement may fall along a dialogue while the error grows, hence a scale for each turn. Whose replies: see `targets`.
     """
     deviation_U = jnp.sqrt(jnp.maximum(state.doubt_square_U - state.doubt_U**2, 0.0))
     return (disagreement_BU - state.doubt_U[None]) / jnp.maximum(deviation_U, 1e-3)[None]

@@ -216,8 +216,8 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             if cfg.model.user_heads:
                 # Recorded replies may be known by heart: beside them every other one is doubtful.
                 real_BU = turns.mask_BU & ~imagined_B1
-                own_BU = real_BU & written_BU
-                watched_BU = jnp.where(jnp.any(own_BU), own_BU, real_BU)
+                online_BU = real_BU & written_BU
+                watched_BU = jnp.where(jnp.any(online_BU), online_BU, real_BU)
                 state = guards.watch_disagreement(state, seen.disagreement, watched_BU, cfg.returns.scale_decay)
             before_BU = turns.mask_BU & imagined_B1
             doubt_BU, turns = guarded(state, turns, seen, imagined_B1)

@@ -105,7 +105,7 @@ class TrainState:
     return_high: Array
     real_mean: Array  # f32, running mean of the returns of real turns
     imagined_mean: Array  # f32, the same of imagined ones
-    doubt_U: Array  # f32, running mean of the user heads' disagreement on the reply to each turn of real dialogues
+    doubt_U: Array  # f32, running mean of the user heads' disagreement on the replies to turns of that number
     doubt_square_U: Array  # f32, the same of its square
-    anchor_XW: Array  # f32, W quantiles of imagined returns (first row) and of the real ones of the same openings
+    anchor_XW: Array  # f32, W quantiles of imagined returns (first row), and where they come to: see guards.anchors
     imagined_tokens: Array  # i32, written in imagination so far

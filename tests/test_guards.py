@@ -84,7 +84,7 @@ def test_anchors_are_quantiles_and_do_not_pair_single_dialogues():
     assert anchor_XW.shape == (2, guards.QUANTILES) and anchor_XW.dtype == np.float32
     assert (anchor_XW == guards.anchors(imagined[::-1], np.random.default_rng(1).permutation(real))).all()
     half = guards.QUANTILES // 2
-    np.testing.assert_allclose(anchor_XW[:, half], [np.median(imagined), np.median(real)], rtol=1e-4)
+    np.testing.assert_allclose(anchor_XW[:, half], [np.median(imagined), np.median(real)], rtol=1e-5)
     assert np.mean(imagined < anchor_XW[0, 0]) == pytest.approx(0.5 / guards.QUANTILES, abs=0.01)
 
 
