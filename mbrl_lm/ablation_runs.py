@@ -199,11 +199,23 @@ def over_seeds(records: Records, row: str, figure: str) -> Mean | None:
     return interval(list(values.values()))
 
 
-def paired(records: Records, row: str, against: str, figure: str, factor: float = 1.0) -> tuple[Mean, int] | None:
-    """The mean of x - factor y over the seeds that both rows have, and their number."""
+def paired(records: Records, row: str, against: str, figure: str) -> tuple[Mean, int] | None:
+    """The mean of x - y over the seeds that both rows have, and their number.
+
+    From one seed, the interval is over dialogues, as if those of the two runs had nothing to do with each other.
+    """
     x, y = by_seed(records, row, figure), by_seed(records, against, figure)
     seeds = sorted(set(x) & set(y))
-    return (interval([x[seed] - factor * y[seed] for seed in seeds]), len(seeds)) if seeds else None
+    if not seeds:
+        return None
+    mean = interval([x[seed] - y[seed] for seed in seeds])
+    if len(seeds) > 1:
+        return mean, len(seeds)
+    ends = [records[name, seeds[0]].get(f"{figure}_{end}") for name in (row, against) for end in ("low", "high")]
+    if None in ends:
+        return mean, 1
+    half = math.hypot(ends[1] - ends[0], ends[3] - ends[2]) / 2
+    return Mean(mean.mean, mean.mean - half, mean.mean + half), 1
 
 
 # ---- learning curves ----

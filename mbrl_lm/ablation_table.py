@@ -151,7 +151,7 @@ def measured(line: Line, records: Records, runs: Mapping[str, str]) -> tuple[str
     difference, seeds = pair
     which = f"{line.figure} {written(difference)} against {line.against}"
     if seeds < 2:
-        return f"{which} (1 seed)", "needs more seeds"
+        return f"{which} ({_seeds(1)}{'' if difference.low is None else ', over its dialogues'})", "needs more seeds"
     found = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "no clear difference"
     verdict = {"": found, found: f"{found}, as it should"}.get(line.expects, f"**{found}**, should be: {line.expects}")
     return f"{which} ({_seeds(seeds)})", verdict

@@ -269,6 +269,15 @@ def test_differences_are_paired_by_seed():
     assert ablation_runs.paired(of(a=[0.1, None], b=[None, 0.2]), "a", "b", "true/success") is None
 
 
+def test_one_seed_differs_by_an_interval_over_its_dialogues():
+    records = of(a=[0.5, 0.9], b=[0.3, None])
+    records["a", 0] |= {"true/success_low": 0.2, "true/success_high": 0.8}
+    records["b", 0] |= {"true/success_low": -0.1, "true/success_high": 0.7}  # half the widths: .3, .4, and so .5
+    assert ablation_runs.paired(records, "a", "b", "true/success") == (pytest.approx((0.2, -0.3, 0.7)), 1)
+    del records["b", 0]["true/success_low"]
+    assert ablation_runs.paired(records, "a", "b", "true/success") == ((pytest.approx(0.2), None, None), 1)
+
+
 def test_numbers_are_short():
     assert [ablation_table.number(x) for x in (0.5, -0.0312, 1.5, -1.0)] == [".500", "-.031", "1.500", "-1.000"]
     assert ablation_table.written(ablation_runs.Mean(0.25, 0.125, 0.5)) == ".250 [.125, .500]"
