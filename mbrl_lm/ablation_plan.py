@@ -82,18 +82,20 @@ def start_of(full: Config, row: Row) -> str | None:
 
 
 def paced(full: Config, updates: int) -> dict[str, int]:
-    """RL in so many updates with as many real dialogues, but for a few: as often in its course, more or fewer at a time."""
+    """RL in so many updates with as many real dialogues, but for a few, and as many evaluations, as evenly in its course."""
+    pace, fields = updates / full.train.rl_steps, {"train.rl_steps": updates}
+    if full.eval.rl_every:
+        fields["eval.rl_every"] = max(round(full.eval.rl_every * pace), 1)
     if not full.collect.every:
-        return {"train.rl_steps": updates}
+        return fields
     wanted = full.collect.batch * math.ceil(full.train.rl_steps / full.collect.every)
-    pace = full.collect.every * updates / full.train.rl_steps
     choices = []
-    for every in sorted({max(math.floor(pace), 1), math.ceil(pace)}):
+    for every in sorted({max(math.floor(full.collect.every * pace), 1), math.ceil(full.collect.every * pace)}):
         times = math.ceil(updates / every)
         batch = max(round(wanted / times), 1)
         choices.append((abs(times * batch - wanted), every, batch))
     _, every, batch = min(choices)
-    return {"train.rl_steps": updates, "collect.every": every, "collect.batch": batch}
+    return fields | {"collect.every": every, "collect.batch": batch}
 
 
 def select(plan: Plan, which: str, words: Mapping[str, Iterable[str]]) -> list[str]:

@@ -92,6 +92,9 @@ def test_equal_rows_are_run_once_and_follow_the_preset(plan, monkeypatch):
 def test_other_numbers_of_updates_collect_as_many_dialogues(rl, every, updates, expected):
     cfg = config.override(config.Config(), {"train.rl_steps": rl, "collect.every": every, "collect.batch": 16})
     assert ablation_plan.paced(cfg, updates) == expected
+    for rl_every, evaluations in ((50, 50 * updates / rl), (1, max(updates / rl, 1))):
+        cfg.eval.rl_every = rl_every
+        assert ablation_plan.paced(cfg, updates) == expected | {"eval.rl_every": round(evaluations)}
 
 
 def test_the_small_table_names_everybody_and_leaves_gaps_for_what_is_not_there(tmp_path, monkeypatch):
