@@ -224,7 +224,7 @@ def _signal_and_start(full: Config) -> list[Row]:
         Row("11_outcome", signal_, outcome, "a reward at the end only", start=outcome),
         Row("12_supervised_start", begin, {}, "likelihood first, then RL"),
         Row("12_joint", begin, joint, "likelihood and RL together, from the first update", start=None),
-        Row("12_rl_only", begin, alone, "RL from nothing learns nothing", start=None, expects="lower"),
+        Row("12_rl_only", begin, alone, "RL alone, of real dialogues, from nothing", start=None, expects="lower"),
         Row("N1_user_gradient", "N1 negative control", {"control": "user_gradient"},
             "a policy gradient on imagined user turns makes users pleasant, not the policy good",
             expects="higher", figure="gap/total"),
