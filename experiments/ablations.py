@@ -225,9 +225,9 @@ def _signal_and_start(full: Config) -> list[Row]:
         Row("12_supervised_start", begin, {}, "likelihood first, then RL"),
         Row("12_joint", begin, joint, "likelihood and RL together, from the first update", start=None),
         Row("12_rl_only", begin, alone, "RL alone, of real dialogues, from nothing", start=None, expects="lower"),
-        Row("N1_user_gradient", "N1 negative control", {"control": "user_gradient"},
+        Row("N1_user_gradient", "N1 negative control", {"control": "user_gradient", "imagine.user": "live"},
             "a policy gradient on imagined user turns makes users pleasant, not the policy good",
-            expects="higher", figure="gap/total"),
+            expects="higher", figure="gap/total", against="5_live"),
         Row("N2_predictability", "N2 negative control", {"control": "predictability"},
             "a reward for predictable users is earned without helping them", expects="lower"),
     ]  # fmt: skip

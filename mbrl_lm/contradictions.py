@@ -78,6 +78,10 @@ def check(cfg: Config) -> None:
         ),
         (cfg.control not in ("", "user_gradient", "predictability"), "control is user_gradient or predictability, or empty"),
         (
+            cfg.control == "user_gradient" and imagine.user in ("frozen", "oracle"),
+            "control=user_gradient bends imagined users who learn: set imagine.user to live or population",
+        ),
+        (
             doubts and not model.user_heads,
             "guard.penalty and guard.truncation ask an ensemble: set model.user_heads to 5",
         ),

@@ -34,6 +34,7 @@ CONTRADICTIONS = [
     ("concierge", {"imagine.share": (0.5, 1.5)}, "imagine.share is FIRST,LAST"),
     ("concierge", {"imagine.share": (0.5,)}, "imagine.share is FIRST,LAST"),
     ("concierge", {"control": "luck"}, "control is user_gradient or predictability"),
+    ("concierge", {"control": "user_gradient"}, "set imagine.user to live or population"),
     ("concierge", {"model.roles": "luck"}, "model.roles is"),
     ("concierge", {"model.value_heads": 0}, "model.value_heads must be"),
     ("concierge", {"guard.penalty": 0.1}, "set model.user_heads"),
