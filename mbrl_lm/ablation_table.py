@@ -291,7 +291,7 @@ def plot(path: pathlib.Path, workdir: pathlib.Path, lines: Sequence[Line], recor
     from matplotlib import pyplot
 
     panels = [(x, y) for y in CURVES for x in AXES]
-    size = 4 * len(panels), 2.8 * len(groups)
+    size = 4 * len(panels) + 2, 2.8 * len(groups)  # beside the panels, names of rows
     figure, axes = pyplot.subplots(len(groups), len(panels), figsize=size, layout="constrained", squeeze=False)
     for axes_of_group, (group, rows) in zip(axes, groups.items(), strict=True):
         for axis, ((x, x_title), (y, y_title)) in zip(axes_of_group, panels, strict=True):
@@ -300,7 +300,7 @@ def plot(path: pathlib.Path, workdir: pathlib.Path, lines: Sequence[Line], recor
                 axis.plot([a for a, _ in points], [b for _, b in points], marker=".", label=name)
             axis.set(title=group, xlabel=x_title, ylabel=y_title)
             axis.grid(alpha=0.3)
-        axes_of_group[0].legend(fontsize="x-small")
+        axes_of_group[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
     return True
