@@ -123,7 +123,8 @@ def _imagination(full: Config) -> list[Row]:
     ]  # fmt: skip
     replies = {"0": 0, "1": 1, "2": 2, "4": 4, "end": full.turns - 1}
     for name, count in replies.items():
-        rows.append(Row(f"6_horizon_{name}", far, {"imagine.replies": count}, f"{count} imagined replies, then the value"))
+        shows = f"{count} imagined {'reply' if count == 1 else 'replies'}, then the value"
+        rows.append(Row(f"6_horizon_{name}", far, {"imagine.replies": count}, shows))
     for percent, shows in ((0, "prompts from all assistant points alike"), (100, "prompts from openings alone")):
         rows.append(Row(f"6_openings_{percent}", far, {"imagine.openings": percent / 100}, shows))
     for imagined in (0.0, 0.5, 0.75, 0.9, 1.0):
@@ -180,7 +181,11 @@ def _poor_model(full: Config) -> list[Row]:
 
 def _network_and_gradient(full: Config) -> list[Row]:
     weights, how = "9 weights of the speakers", "10 the policy gradient"
-    whose = {"shared": "one network", "adapter": "a bottleneck for each on one trunk", "separate": "two trunks"}
+    whose = {
+        "shared": "one network for both speakers",
+        "adapter": "one trunk, and a bottleneck for each speaker",
+        "separate": "a trunk for each speaker",
+    }
     baselines = {
         "value": "the learned value",
         "mean": "the mean of recent returns",
@@ -191,7 +196,7 @@ def _network_and_gradient(full: Config) -> list[Row]:
     rows = []
     for roles, shows in whose.items():
         overrides = {"model.roles": roles}
-        rows.append(Row(f"9_{roles}", weights, overrides, f"{shows} for both speakers", start=overrides))
+        rows.append(Row(f"9_{roles}", weights, overrides, shows, start=overrides))
     for baseline, shows in baselines.items():
         overrides = {"policy.baseline": baseline} | (compared if baseline in config.GROUPED else {})
         rows.append(Row(f"10_{baseline}", how, overrides, f"baseline: {shows}"))
