@@ -188,6 +188,11 @@ def by_seed(records: Records, row: str, figure: str) -> dict[int, float]:
     return {seed: x for (name, seed), record in records.items() if name == row and (x := record.get(figure)) is not None}
 
 
+def over_dialogues(record: Record, figure: str) -> Mean:
+    """A figure of one run, with the interval over its dialogues where that is known."""
+    return Mean(*(record.get(f"{figure}{end}") for end in ("", "_low", "_high")))
+
+
 def over_seeds(records: Records, row: str, figure: str) -> Mean | None:
     """The mean of a row; with one seed, the interval is the run's own over its dialogues."""
     values = by_seed(records, row, figure)
@@ -195,7 +200,7 @@ def over_seeds(records: Records, row: str, figure: str) -> Mean | None:
         return None
     if len(values) == 1:
         (seed,) = values
-        return Mean(values[seed], *(records[row, seed].get(f"{figure}_{end}") for end in ("low", "high")))
+        return over_dialogues(records[row, seed], figure)
     return interval(list(values.values()))
 
 
@@ -208,14 +213,13 @@ def paired(records: Records, row: str, against: str, figure: str) -> tuple[Mean,
     seeds = sorted(set(x) & set(y))
     if not seeds:
         return None
-    mean = interval([x[seed] - y[seed] for seed in seeds])
-    if len(seeds) > 1:
-        return mean, len(seeds)
-    ends = [records[name, seeds[0]].get(f"{figure}_{end}") for name in (row, against) for end in ("low", "high")]
-    if None in ends:
-        return mean, 1
-    half = math.hypot(ends[1] - ends[0], ends[3] - ends[2]) / 2
-    return Mean(mean.mean, mean.mean - half, mean.mean + half), 1
+    difference = interval([x[seed] - y[seed] for seed in seeds])
+    if len(seeds) == 1:
+        runs = [over_dialogues(records[name, seeds[0]], figure) for name in (row, against)]
+        if all(run.low is not None and run.high is not None for run in runs):
+            half = math.hypot(*(run.high - run.low for run in runs)) / 2
+            difference = Mean(difference.mean, difference.mean - half, difference.mean + half)
+    return difference, len(seeds)
 
 
 # ---- learning curves ----

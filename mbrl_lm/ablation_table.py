@@ -149,12 +149,13 @@ def measured(line: Line, records: Records, runs: Mapping[str, str]) -> tuple[str
     if pair is None:
         return "-", "no runs of both" if line.expects else ""
     difference, seeds = pair
-    which = f"{line.figure} {written(difference)} against {line.against}"
-    if seeds < 2:
-        return f"{which} ({_seeds(1)}{'' if difference.low is None else ', over its dialogues'})", "needs more seeds"
+    over = ", over its dialogues" if seeds == 1 and difference.low is not None else ""
+    which = f"{line.figure} {written(difference)} against {line.against} ({_seeds(seeds)}{over})"
+    if seeds == 1:
+        return which, "needs more seeds"
     found = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "no clear difference"
     verdict = {"": found, found: f"{found}, as it should"}.get(line.expects, f"**{found}**, should be: {line.expects}")
-    return f"{which} ({_seeds(seeds)})", verdict
+    return which, verdict
 
 
 # ---- the table ----
