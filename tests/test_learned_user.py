@@ -62,6 +62,16 @@ def test_probabilities_are_those_of_score():
     assert len(set(np.round(got, 4))) == 3
 
 
+def test_a_prompt_with_many_turns_is_read_once(monkeypatch):
+    user, read = user_of(table_net()), []
+    weigh = user._weigh
+    monkeypatch.setattr(user, "_weigh", lambda params, part: read.append(len(part.uid_B)) or weigh(params, part))
+    turns = [user.turn_tokens(UserTurn(text, "end")) for text in "abcd"]
+    params = follows(PIECES.vocab_size, {pr.TO_USER: A, A: pr.STOP})
+    assert np.argmax(user.log_prob(params, [PROMPT] * 4, turns)) == 0
+    assert sum(read) == 2 + 4, "two rows at a time: the prompt and one that fills up, and four with their turns"
+
+
 def test_what_does_not_fit_is_explained():
     with pytest.raises(config.ConfigError, match="raise --config.tokens"):
         user_of(table_net()).log_prob(None, [[A] * 30], [[A] * 3])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, goals, rollout
+from mbrl_lm import config, goals
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import chunks, lengths
 from mbrl_lm.envs.true_user import ENDING
@@ -45,14 +45,11 @@ class LearnedUser:
         def write(params, prompt, key):
             return goals.imagine(most, net, protocol, params, prompt, key, tokens=cfg.tokens, turns=1)
 
-        def weigh(params, dialogue, from_B):
-            if most:  # what it says now may tell what it wants, as what it has said did
-                prompt = rollout.prefix(protocol, dialogue, from_B)
-                whole_B, before_B = (goals.log_evidence(net, protocol, params, d, most) for d in (dialogue, prompt))
-                return whole_B - before_B
-            replied_BT = jnp.arange(cfg.tokens)[None] >= from_B[:, None]
-            said_BT = replied_BT & (dialogue.author_BT == pr.USER)
-            return -jnp.sum(jnp.where(said_BT, score(net, protocol, params, dialogue).nll_BT, 0.0), axis=1)
+        def weigh(params, dialogue):
+            if most:
+                return goals.log_evidence(net, protocol, params, dialogue, most)
+            nll_BT = score(net, protocol, params, dialogue).nll_BT
+            return -jnp.sum(jnp.where(dialogue.author_BT == pr.USER, nll_BT, 0.0), axis=1)
 
         self._write, self._weigh = pjit(write, mesh), pjit(weigh, mesh)
 
@@ -83,19 +80,26 @@ class LearnedUser:
         return turns
 
     def log_prob(self, params: Params, prompts: Sequence[list[int]], turns: Sequence[list[int]]) -> np.ndarray:
-        """log q(turn | prompt) in nats, the token that closes it included; both are tokens."""
-        whole = self._dialogue([[*prompt, *turn] for prompt, turn in zip(prompts, turns, strict=True)], range(len(turns)))
-        from_B, parts = np.array([len(prompt) for prompt in prompts], np.int32), []
-        for start, (part, mask) in zip(range(0, len(turns), self._rows), chunks(whole, self._rows), strict=True):
-            index = np.minimum(np.arange(start, start + self._rows), len(turns) - 1)
-            parts.append(np.asarray(self._weigh(params, part, from_B[index]))[mask])
-        return np.concatenate(parts).astype(np.float64)
+        """log q(turn | prompt) in nats, the token that closes it included; both are tokens.
+
+        It is log q(prompt, turn) - log q(prompt): what is said now may tell what the user wants, as what it has said did.
+        A prompt with many turns is read once.
+        """
+        whole_N = self._log_evidence(params, [[*prompt, *turn] for prompt, turn in zip(prompts, turns, strict=True)])
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        before_N = self._log_evidence(params, list(place))
+        return whole_N - before_N[[place[tuple(prompt)] for prompt in prompts]]
 
     def leaves_room(self, prompt: Sequence[int]) -> bool:
         """Whether a whole turn of the user still fits behind a history."""
         return len(prompt) + self._cfg.turn_tokens <= self._cfg.tokens
 
-    def _dialogue(self, rows: Sequence[list[int]], uids: Sequence[int]) -> Dialogue:
+    def _log_evidence(self, params: Params, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """f64 (N,): log q(all that the user says), nats."""
+        parts = chunks(self._dialogue(rows, range(len(rows))), self._rows)
+        return np.concatenate([np.asarray(self._weigh(params, part))[mask] for part, mask in parts]).astype(np.float64)
+
+    def _dialogue(self, rows: Sequence[Sequence[int]], uids: Sequence[int]) -> Dialogue:
         dialogue = empty_dialogues(len(rows), self._cfg.tokens, self._cfg.turns)
         for b, row in enumerate(rows):
             if len(row) > self._cfg.tokens:
