@@ -49,10 +49,10 @@ class Row:
 SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, both at the temperature of the table
     "imagine.sides": 2,
     "imagine.share": (1.0, 1.0),
-    "imagine.batch": 64,
+    "imagine.batch": 32,
     "imagine.temperature": 0.5,
-    "train.rl_batch": 16,
-    "train.rl_steps": 300,
+    "train.rl_batch": 8,
+    "train.rl_steps": 800,
     "train.rl_learning_rate": 2e-4,
     "loss.policy": 20.0,
     "loss.value": 0.05,  # the critic begins far off: ten times that, and its gradient leaves the policy none of the step
@@ -76,9 +76,16 @@ RUNS = {  # by the name of their directory
         "loss.value": 0.0,
         "loss.value_real": 0.0,
     },
-    # Its reward is still rising after 300 updates.
-    "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.2, "train.rl_steps": 600},
-    "ours_guards": SELF_PLAY | {"imagine.user": "population", "loss.trust": 0.3, "imagine.generosity": 0.2},
+    "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.2},
+    # Partners who have not learnt to bargain, and more and more of those who have.
+    "ours_guards": SELF_PLAY
+    | {
+        "imagine.user": "population",
+        "imagine.population": 8,
+        "imagine.refresh": 100,
+        "imagine.generosity": 0.2,
+        "loss.trust": 0.3,
+    },
 }
 ROLLOUTS = {  # ten candidates, five roll-outs of each to the end, points times the probability of the outcome
     "plan": "rollouts",
