@@ -54,6 +54,7 @@ SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, 
     "train.rl_batch": 8,
     "train.rl_steps": 800,
     "train.rl_learning_rate": 2e-4,
+    "train.value_rate": 5.0,
     "loss.policy": 20.0,
     "loss.value": 0.05,  # the critic begins far off: ten times that, and its gradient leaves the policy none of the step
     "loss.value_real": 0.05,

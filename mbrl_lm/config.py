@@ -116,6 +116,7 @@ class Train:
     optimizer: str = "muon"  # for the matrices of the trunk; adamw: for all parameters
     learning_rate: float = 2e-3
     rl_learning_rate: float = 3e-4
+    value_rate: float = 1.0  # times the rate, that of the value heads
     warmup: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0

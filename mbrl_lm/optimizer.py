@@ -16,7 +16,8 @@ def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
     """Muon (Jordan 2024) on the matrices of the trunk and AdamW on the rest, or AdamW on all.
 
     The rate warms up, falls along a cosine to that of RL, and along another one to a tenth of it. Muon's steps are scaled to
-    the root mean square of Adam's (Liu et al. 2025), so that one rate serves both.
+    the root mean square of Adam's (Liu et al. 2025), so that one rate serves both. Value heads may have a higher one: what
+    they are to follow moves with the policy, and neither optimiser minds how heavy their loss is.
     """
     rate = optax.cosine_decay_schedule(cfg.rl_learning_rate, max(cfg.rl_steps * cfg.rl_epochs, 1), alpha=0.1)
     if cfg.supervised_steps:
@@ -35,7 +36,20 @@ def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
         )
     else:
         step = optax.adamw(rate, b2=ADAM_B2, weight_decay=cfg.weight_decay, mask=_decays)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), step)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), _with_value_rate(step, cfg.value_rate))
+
+
+def _with_value_rate(step: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """The same with so much longer steps of the value heads; its state is that of `step`."""
+
+    def longer(path, x):
+        return factor * x if path[-1].key == "value_EDW" else x
+
+    def update(gradient, state, params=None):
+        steps, state = step.update(gradient, state, params)
+        return jax.tree_util.tree_map_with_path(longer, steps), state
+
+    return optax.GradientTransformation(step.init, update)
 
 
 def _decays(params: Any) -> Any:

@@ -37,6 +37,18 @@ def test_a_step_of_muon_turns_all_directions_alike_and_has_the_size_of_adams():
     assert np.ptp(np.abs(step["embed_VD"])) < 1e-3  # of Adam, whose first step has one size everywhere
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_value_heads_take_longer_steps(kind):
+    params = nn.make_net(MODEL, 50).init(jax.random.key(0))
+    gradient = jax.tree.map(jnp.ones_like, params)
+    steps = []
+    for factor in (1.0, 5.0):
+        optimizer = make_optimizer(config.Train(supervised_steps=0, optimizer=kind, value_rate=factor))
+        steps.append(optimizer.update(gradient, optimizer.init(params), params)[0])
+    np.testing.assert_allclose(steps[1].pop("value_EDW"), 5 * steps[0].pop("value_EDW"), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+
+
 def test_the_rate_falls_to_that_of_rl_and_then_to_a_tenth_of_it():
     train = config.Train(supervised_steps=10, rl_steps=20, warmup=2, learning_rate=1.0, rl_learning_rate=0.1)
     train.weight_decay = 0.0
