@@ -14,9 +14,10 @@ from mbrl_lm.types import Params, TrainState
 
 # What a run may have otherwise than the run by whose likelihood phase it begins: what has its effect later only.
 LATER = ("imagine.", "collect.", "guard.", "policy.", "returns.", "loss.", "eval.", "mesh.", "control",
-         "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.value_rate", "train.micro_batch",
-         "world_model.loss", "world_model.threshold", "world_model.tokens", "world_model.adaptive", "world_model.shuffled",
-         "partner.steps", "partner.model.", "checkpoint", "cpu_devices", "log_every", "model.remat", "plan")  # fmt: skip
+         "start", "train.rl_steps", "train.rl_epochs", "train.rl_batch", "train.rl_learning_rate", "train.value_rate",
+         "train.micro_batch", "world_model.loss", "world_model.threshold", "world_model.tokens", "world_model.adaptive",
+         "world_model.shuffled", "partner.steps", "partner.model.", "checkpoint", "cpu_devices", "log_every", "model.remat",
+         "plan")  # fmt: skip
 
 
 class Trained(NamedTuple):
