@@ -12,7 +12,7 @@ import functools
 import jax
 import numpy as np
 
-from mbrl_lm import app, config, goals, learner, nn, rollout, sharding, trained
+from mbrl_lm import app, config, goals, learner, nn, outcome, rollout, sharding, trained
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import text_batches
 from mbrl_lm.data.corpus import load_corpus
@@ -24,6 +24,8 @@ from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.planner import make_planner
 from mbrl_lm.sharding import pjit
 from mbrl_lm.types import Dialogue, TrainState
+
+SUPPOSED = (1,)  # imagined outcomes are read from the middle one of the supposed contexts alone: in a third of the time
 
 
 def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainState, real: Dialogue, key) -> Dialogue:
@@ -50,14 +52,17 @@ def dream(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainSt
     )  # fmt: skip
 
 
-def dream_of_both(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state: TrainState, sides, key) -> Dialogue:
+def dream_of_both(
+    net: nn.Net, protocol: pr.Protocol, cfg: config.Config, outcomes: int, state: TrainState, sides, key
+) -> Dialogue:
     """Whole negotiations with an imagined user that has values of its own.
 
-    The model speaks, and writes the outcome, from either seat; the reward is the points of a deal that both name, and a part
-    of what it gives the other side.
+    The model speaks from either seat, and the user reads the outcome for both; the reward is the points of the deal, and a
+    part of what it gives the other side.
 
     Args:
       net, protocol, cfg: of the run.
+      outcomes: the most that a negotiation can have.
       state: of the run.
       sides: the prompts as the policy and as the user see them.
       key: of the samples.
@@ -69,7 +74,8 @@ def dream_of_both(net: nn.Net, protocol: pr.Protocol, cfg: config.Config, state:
     ours, theirs = rollout.converse(
         protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R, copies=cfg.imagine.candidates
     )
-    result = negotiation.result(ours, theirs)
+    ours = outcome.read(net, protocol, speakers[1], ours, outcomes, SUPPOSED)
+    result = negotiation.result_for_both(ours, theirs)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
     earned = negotiation.earned(ours, result.score_a + cfg.imagine.generosity * result.score_b)
     return earned.replace(ended_B=ended_B, cut_B=~ended_B)
@@ -99,7 +105,8 @@ def main(run: app.Run):
     plain = dataclasses.replace(cfg, plan="none")  # the policy itself talks and is judged; planners: experiments.evaluate
     experience = Experience(plain, net, corpus, mesh)
     if cfg.imagine.sides == 2:
-        imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg), experience.openings
+        outcomes = negotiation.outcomes(negotiation.scenarios(corpus.train_records))
+        imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg, outcomes), experience.openings
     else:
         imagine, prompts_at = functools.partial(dream, net, corpus.protocol, cfg), experience.prompts
     imagine = pjit(imagine, mesh)

@@ -6,6 +6,7 @@ would like is not what was said: so the dialogue is read from both seats, with v
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,14 @@ def log_probabilities(
     return jax.lax.map(weigh, (token_BT, start_B, count_BI, share_BSI, used_BS))
 
 
-def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int) -> Dialogue:
+def read(
+    net: Net,
+    protocol: pr.Protocol,
+    params: Params,
+    dialogue: Dialogue,
+    outcomes: int,
+    supposed: Sequence[int] = range(SUPPOSED),
+) -> Dialogue:
     """The dialogues with the likeliest outcome in the place of the one that was written, where one was called for.
 
     How likely an outcome is, is the geometric mean of what views from both seats say, with supposed values. No deal is read
@@ -113,6 +121,7 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
       protocol: of a negotiation.
       dialogue: (B, T), the context first: `count value` of three kinds of item.
       outcomes: at least `number_of` their counts.
+      supposed: which of the supposed values are tried out; time goes with their number.
     """
     B, T = dialogue.token_BT.shape
     called_BT = (dialogue.token_BT == pr.TO_OUTCOME) & (dialogue.author_BT != pr.END)
@@ -124,12 +133,12 @@ def read(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, ou
     share_BSI, used_BS = slots(count_BI, outcomes)
 
     seat_BXT = jnp.stack([dialogue.token_BT, jnp.asarray(protocol.mirror_V)[dialogue.token_BT]], axis=1)
-    token_BXKT = jnp.repeat(seat_BXT[:, :, None], SUPPOSED, axis=2)
-    value_BKI = jnp.asarray(supposed_values())[tuple(count_BI.T)]
+    token_BXKT = jnp.repeat(seat_BXT[:, :, None], len(supposed), axis=2)
+    value_BKI = jnp.asarray(supposed_values()[..., list(supposed), :])[tuple(count_BI.T)]
     token_BXKT = token_BXKT.at[..., 2:7:2].set(pr.NUMBER + value_BKI[:, None])
-    views = 2 * SUPPOSED
+    views = 2 * len(supposed)
     logp_RS = log_probabilities(net, protocol, params, token_BXKT.reshape(-1, T), jnp.repeat(at_B, views), outcomes)
-    logp_BXKS = jax.nn.log_softmax(logp_RS).reshape(B, 2, SUPPOSED, outcomes)
+    logp_BXKS = jax.nn.log_softmax(logp_RS).reshape(B, 2, len(supposed), outcomes)
     own_BS, other_BS = (jnp.mean(logp_BXKS[:, seat], axis=1) for seat in range(2))
     theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1).at[:, 0].set(0)
     logp_BS = (own_BS + jnp.take_along_axis(other_BS, theirs_BS, axis=1)) / 2

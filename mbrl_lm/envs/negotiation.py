@@ -56,6 +56,11 @@ def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tok
     return dialogue
 
 
+def outcomes(scenarios: Sequence[Scenario]) -> int:
+    """The most outcomes that a negotiation over any of them can have."""
+    return outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
+
+
 class Result(NamedTuple):
     """What finished negotiations are worth to either side."""
 
@@ -67,13 +72,23 @@ class Result(NamedTuple):
 def result(ours: Dialogue, theirs: Dialogue) -> Result:
     """Reads the outcomes of negotiations, each seen from both sides."""
     (share_a, wrote_a), (share_b, wrote_b) = (reward.outcome_share(side) for side in (ours, theirs))
-    numbers_a, numbers_b = (side.token_BT[:, 1 : 1 + 2 * ITEMS] - pr.NUMBER for side in (ours, theirs))
-    agreed = wrote_a & wrote_b & jnp.all(share_a + share_b == numbers_a[:, ::2], axis=1)
-    score_a, score_b = (
-        jnp.where(agreed, jnp.sum(share * numbers[:, 1::2], axis=1), 0)
-        for share, numbers in ((share_a, numbers_a), (share_b, numbers_b))
-    )
-    return Result(score_a, score_b, agreed)
+    agreed = wrote_a & wrote_b & jnp.all(share_a + share_b == _counts(ours), axis=1)
+    return Result(_points(ours, share_a, agreed), _points(theirs, share_b, agreed), agreed)
+
+
+def result_for_both(ours: Dialogue, theirs: Dialogue) -> Result:
+    """The same where our outcome was read for both sides."""
+    share_a, agreed = reward.outcome_share(ours)
+    return Result(_points(ours, share_a, agreed), _points(theirs, _counts(ours) - share_a, agreed), agreed)
+
+
+def _counts(side: Dialogue) -> Array:
+    return side.token_BT[:, 1 : 1 + 2 * ITEMS : 2] - pr.NUMBER
+
+
+def _points(side: Dialogue, share_BI: Array, agreed_B: Array) -> Array:
+    value_BI = side.token_BT[:, 2 : 2 + 2 * ITEMS : 2] - pr.NUMBER
+    return jnp.where(agreed_B, jnp.sum(share_BI * value_BI, axis=1), 0)
 
 
 def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
@@ -180,7 +195,7 @@ class Table:
         self._imagined_user = imagined_user
         scripted = isinstance(partner, Haggler)
         plan = make_planner(cfg, net, protocol, narrow=True)
-        outcomes = outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
+        most = outcomes(scenarios)
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
             views = rollout.View(net, params, ours), rollout.View(partner, partner_params, theirs)
@@ -204,7 +219,7 @@ class Table:
 
         def reads(reader):
             """Each side's outcome: the likeliest possible one as it sees the dialogue."""
-            return pjit(lambda params, side: outcome.read(reader, protocol, params, side, outcomes), mesh)
+            return pjit(lambda params, side: outcome.read(reader, protocol, params, side, most), mesh)
 
         listener = partner if scripted else listener
 
