@@ -4,12 +4,14 @@ import jax
 import numpy as np
 import pytest
 from fakes import follows, one_device, table_net
-from tiny import config_of, dialogue, tokens, world
+from tiny import config_of, dialogue, noisy, tokens, world
 
-from mbrl_lm import config
+from experiments import dream
+from mbrl_lm import config, learner, outcome
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs import negotiation
-from mbrl_lm.envs.negotiation import Table, earned, has_floor, hear, plan_cost, prompts, settle, summary
+from mbrl_lm.envs.negotiation import Table, earned, has_floor, hear, plan_cost, prompts, result_for_both, settle, summary
+from mbrl_lm.optimizer import make_optimizer
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
 SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
@@ -57,6 +59,32 @@ def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as
     told = settle(*pairs(*shares))
     assert told["score_a"].tolist() == [7, 2, 10, 4, 0] and told["score_b"].tolist() == [6, 8, 0, 10, 10]
     assert told["pareto"].tolist() == [True, False, True, True, False]
+
+
+def test_one_side_may_read_for_both():
+    told = result_for_both(*pairs(("1 0 1 stop", "none stop"), ("none stop", "0 4 0 stop"), ("0 4 0 stop", "0 4 0 stop")))
+    assert told.agreed.tolist() == [True, False, True]
+    assert told.score_a.tolist() == [6, 0, 4] and told.score_b.tolist() == [8, 0, 2]
+
+
+def test_of_imagined_negotiations_the_user_reads_the_outcome():
+    """Not the policy, which might learn to read what is worth most to it."""
+    w = world("negotiation", seed=1, imagine__user="frozen", imagine__generosity=0.5, imagine__temperature=1.0)
+    state = learner.init_state(w.net, make_optimizer(w.cfg.train), KEY, w.cfg.turns)
+    state = state.replace(params=w.params, reference=noisy(w.params, 7, 0.5))
+    sides = table(cfg=w.cfg).openings(np.arange(48))
+    most = negotiation.outcomes(SCENARIOS)
+    dreamt = dream.dream_of_both(w.net, w.protocol, w.cfg, most, state, sides, KEY)
+    theirs = sides[1].replace(ended_B=dreamt.ended_B)
+    by_user, by_policy = (
+        outcome.read(w.net, w.protocol, p, dreamt, most, dream.SUPPOSED) for p in (state.reference, state.params)
+    )
+    np.testing.assert_array_equal(dreamt.token_BT, by_user.token_BT)
+    assert np.any(dreamt.token_BT != by_policy.token_BT)
+    told = result_for_both(by_user, theirs)
+    assert 4 < told.agreed.sum() < 48
+    np.testing.assert_allclose(dreamt.reward_BU.sum(axis=1), told.score_a + 0.5 * told.score_b)
+    assert dreamt.ended_B.all()
 
 
 def test_points_go_to_the_last_turn_of_the_assistant():

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from fakes import follows, table_net
 from tiny import dialogue, noisy, world
 
@@ -53,15 +54,16 @@ def mirrored(words: list[str]) -> list[str]:
     return [{">a": ">u", ">u": ">a"}.get(word, word) for word in words]
 
 
-def test_the_likeliest_split_is_read_from_both_seats():
+@pytest.mark.parametrize("some", [range(outcome.SUPPOSED), (1,)])
+def test_the_likeliest_split_is_read_from_both_seats(some):
     """Against the score of every outcome, written out, with the supposed values in either seat."""
     w = world("negotiation", seed=3, model__layers=1)
     params = noisy(w.params, 4, 0.5)
     rows = dialogue(w.protocol, ROWS)
-    read = jax.jit(lambda p, d: outcome.read(w.net, w.protocol, p, d, 37))(params, rows)
+    read = jax.jit(lambda p, d: outcome.read(w.net, w.protocol, p, d, 37, some))(params, rows)
     for b, counts in ((0, (1, 2, 1)), (1, (2, 1, 3))):
         begun = ROWS[b].split(" >o ")[0]
-        words, total_S, supposed = begun.split(), 0.0, outcome.supposed_values()[counts].tolist()
+        words, total_S, supposed = begun.split(), 0.0, outcome.supposed_values()[counts][list(some)].tolist()
         for values in supposed:
             texts, own_S = written_out(w, params, with_values(words, counts, values), counts)
             _, logp_S = written_out(w, params, with_values(mirrored(words), counts, values), counts)
