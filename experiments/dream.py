@@ -57,8 +57,8 @@ def dream_of_both(
 ) -> Dialogue:
     """Whole negotiations with an imagined user that has values of its own.
 
-    The model speaks from either seat, and the user reads the outcome for both; the reward is the points of the deal, and a
-    part of what it gives the other side.
+    The model speaks from either seat, and the user reads the outcome for both; the reward is the points of the deal, with a
+    part of what it gives the other side, and less a part of what it leaves to neither.
 
     Args:
       net, protocol, cfg: of the run.
@@ -75,9 +75,10 @@ def dream_of_both(
         protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R, copies=cfg.imagine.candidates
     )
     ours = outcome.read(net, protocol, speakers[1], ours, outcomes, SUPPOSED)
-    result = negotiation.result_for_both(ours, theirs)
+    result = negotiation.result_for_both(ours, theirs, outcomes)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
-    earned = negotiation.earned(ours, result.score_a + cfg.imagine.generosity * result.score_b)
+    reward_B = result.score_a + cfg.imagine.generosity * result.score_b - cfg.imagine.waste * result.waste
+    earned = negotiation.earned(ours, reward_B)
     return earned.replace(ended_B=ended_B, cut_B=~ended_B)
 
 

@@ -59,6 +59,7 @@ def check(cfg: Config) -> None:
             "loss.distil imitates what a planner chose from one side's view: set imagine.sides=1",
         ),
         (imagine.generosity and imagine.sides != 2, "imagine.generosity needs both sides' points: set imagine.sides=2"),
+        (imagine.waste and imagine.sides != 2, "imagine.waste needs both sides' points: set imagine.sides=2"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),
         (not 0 <= imagine.openings <= 1, "imagine.openings is a part of the prompts, between 0 and 1"),
         (imagine.replies < 0, "imagine.replies cannot be negative"),

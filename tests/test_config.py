@@ -62,6 +62,7 @@ CONTRADICTIONS = [
     ("concierge", {"imagine.user": "oracle", "imagine.batch": 0}, "once and to the end"),
     ("deal_or_no_deal", {"imagine.sides": 3}, "imagine.sides is 1 or 2"),
     ("deal_or_no_deal", {"imagine.generosity": 0.1}, "set imagine.sides=2"),
+    ("deal_or_no_deal", {"imagine.waste": 0.1}, "set imagine.sides=2"),
     ("deal_or_no_deal", {"imagine.sides": 2, "loss.distil": 1.0, "plan": "mpc"}, "set imagine.sides=1"),
     ("deal_or_no_deal", {"returns.token_discount": 0.0}, "returns.token_discount is in"),
     ("deal_or_no_deal", {"train.undropped": 1.0}, "train.undropped is a part"),

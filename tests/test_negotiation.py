@@ -15,6 +15,7 @@ from mbrl_lm.optimizer import make_optimizer
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
 SCENARIOS = [((1, 4, 4, 1, 1, 2), (1, 0, 4, 2, 1, 2)), ((2, 1, 1, 3, 3, 1), (2, 2, 1, 0, 3, 2)), ((1, 2, 2, 3, 1, 2),) * 2]
+MOST = negotiation.outcomes(SCENARIOS)
 KEY = jax.random.key(3)
 
 
@@ -40,7 +41,7 @@ def test_a_deal_needs_two_shares_that_add_up():
         ("1 0 1", "0 4 0 stop"),  # cut short
         ("1 0 1 stop", "0 4 0"),
         ("0 4 0 stop", "1 0 1 stop"),
-    ))  # fmt: skip
+    ), MOST)  # fmt: skip
     assert told["agreed"].tolist() == [True] + [False] * 7 + [True]
     assert told["score_a"].tolist() == [6, 0, 0, 0, 0, 0, 0, 0, 4]
     assert told["score_b"].tolist() == [8, 0, 0, 0, 0, 0, 0, 0, 2]
@@ -56,34 +57,38 @@ def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as
         ("1 0 0 stop", "0 4 1 stop"),
         ("0 0 0 stop", "1 4 1 stop"),  # the one before is as good for them and better for us
     )
-    told = settle(*pairs(*shares))
+    told = settle(*pairs(*shares), MOST)
     assert told["score_a"].tolist() == [7, 2, 10, 4, 0] and told["score_b"].tolist() == [6, 8, 0, 10, 10]
     assert told["pareto"].tolist() == [True, False, True, True, False]
+    # In place of the second one the fourth gives either side 2 more, in place of the last one ours 4.
+    assert negotiation.result(*pairs(*shares), MOST).waste.tolist() == [0, 4, 0, 0, 4]
 
 
 def test_one_side_may_read_for_both():
-    told = result_for_both(*pairs(("1 0 1 stop", "none stop"), ("none stop", "0 4 0 stop"), ("0 4 0 stop", "0 4 0 stop")))
+    shares = ("1 0 1 stop", "none stop"), ("none stop", "0 4 0 stop"), ("0 4 0 stop", "0 4 0 stop")
+    told = result_for_both(*pairs(*shares), MOST)
     assert told.agreed.tolist() == [True, False, True]
     assert told.score_a.tolist() == [6, 0, 4] and told.score_b.tolist() == [8, 0, 2]
+    assert told.waste.tolist() == [0, 0, 8]
 
 
 def test_of_imagined_negotiations_the_user_reads_the_outcome():
     """Not the policy, which might learn to read what is worth most to it."""
-    w = world("negotiation", seed=1, imagine__user="frozen", imagine__generosity=0.5, imagine__temperature=1.0)
+    reward = {"imagine__generosity": 0.5, "imagine__waste": 0.25}
+    w = world("negotiation", seed=1, imagine__user="frozen", imagine__temperature=1.0, **reward)
     state = learner.init_state(w.net, make_optimizer(w.cfg.train), KEY, w.cfg.turns)
     state = state.replace(params=w.params, reference=noisy(w.params, 7, 0.5))
     sides = table(cfg=w.cfg).openings(np.arange(48))
-    most = negotiation.outcomes(SCENARIOS)
-    dreamt = dream.dream_of_both(w.net, w.protocol, w.cfg, most, state, sides, KEY)
+    dreamt = dream.dream_of_both(w.net, w.protocol, w.cfg, MOST, state, sides, KEY)
     theirs = sides[1].replace(ended_B=dreamt.ended_B)
     by_user, by_policy = (
-        outcome.read(w.net, w.protocol, p, dreamt, most, dream.SUPPOSED) for p in (state.reference, state.params)
+        outcome.read(w.net, w.protocol, p, dreamt, MOST, dream.SUPPOSED) for p in (state.reference, state.params)
     )
     np.testing.assert_array_equal(dreamt.token_BT, by_user.token_BT)
     assert np.any(dreamt.token_BT != by_policy.token_BT)
-    told = result_for_both(by_user, theirs)
-    assert 4 < told.agreed.sum() < 48
-    np.testing.assert_allclose(dreamt.reward_BU.sum(axis=1), told.score_a + 0.5 * told.score_b)
+    told = result_for_both(by_user, theirs, MOST)
+    assert 4 < told.agreed.sum() < 48 and told.waste.any()
+    np.testing.assert_allclose(dreamt.reward_BU.sum(axis=1), told.score_a + 0.5 * told.score_b - 0.25 * told.waste)
     assert dreamt.ended_B.all()
 
 
@@ -154,7 +159,7 @@ def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle
     for view in (a, b):
         author_BT, turn_BT = map(np.asarray, pr.parse(PROTOCOL, view.token_BT))
         assert (author_BT == view.author_BT).all() and (turn_BT == view.turn_BT).all()
-    again = settle(a, b)
+    again = settle(a, b, MOST)
     assert all((figures[name] == again[name][:10]).all() for name in again)
     turns = [len(np.unique(a.turn_BT[b][said[b]])) for b in range(10)]
     assert figures["turns"].tolist() == turns and len(set(turns)) > 1

@@ -67,46 +67,50 @@ class Result(NamedTuple):
     score_a: Array  # i32 (B,), points, 0 without a deal
     score_b: Array
     agreed: Array  # bool (B,)
+    waste: Array  # i32 (B,), the points that both together could have had besides, neither having less; 0 without a deal
 
 
-def result(ours: Dialogue, theirs: Dialogue) -> Result:
-    """Reads the outcomes of negotiations, each seen from both sides."""
+def result(ours: Dialogue, theirs: Dialogue, outcomes: int) -> Result:
+    """Reads the outcomes of negotiations, each seen from both sides; `outcomes`: at least as many as one can have."""
     (share_a, wrote_a), (share_b, wrote_b) = (reward.outcome_share(side) for side in (ours, theirs))
-    agreed = wrote_a & wrote_b & jnp.all(share_a + share_b == _counts(ours), axis=1)
-    return Result(_points(ours, share_a, agreed), _points(theirs, share_b, agreed), agreed)
+    agreed_B = wrote_a & wrote_b & jnp.all(share_a + share_b == _counts(ours), axis=1)
+    return _worth(ours, theirs, share_a, agreed_B, outcomes)
 
 
-def result_for_both(ours: Dialogue, theirs: Dialogue) -> Result:
+def result_for_both(ours: Dialogue, theirs: Dialogue, outcomes: int) -> Result:
     """The same where our outcome was read for both sides."""
-    share_a, agreed = reward.outcome_share(ours)
-    return Result(_points(ours, share_a, agreed), _points(theirs, _counts(ours) - share_a, agreed), agreed)
+    return _worth(ours, theirs, *reward.outcome_share(ours), outcomes)
+
+
+def _worth(ours: Dialogue, theirs: Dialogue, share_BI: Array, agreed_B: Array, outcomes: int) -> Result:
+    count_BI = _counts(ours)
+    value_a, value_b = (side.token_BT[:, 2 : 2 + 2 * ITEMS : 2] - pr.NUMBER for side in (ours, theirs))
+    other_BSI, possible_BS = (x[:, 1:] for x in outcome.slots(count_BI, outcomes))  # the first is no deal
+
+    def points(share_BXI):
+        a_BX = jnp.einsum("BXI,BI->BX", share_BXI, value_a)
+        return a_BX, jnp.einsum("BXI,BI->BX", count_BI[:, None] - share_BXI, value_b)
+
+    (a_B1, b_B1), (a_BS, b_BS) = points(share_BI[:, None]), points(other_BSI)
+    no_worse_BS = possible_BS & (a_BS >= a_B1) & (b_BS >= b_B1)
+    waste_B = jnp.max(jnp.where(no_worse_BS, a_BS + b_BS, 0), axis=1, initial=0) - (a_B1 + b_B1)[:, 0]
+    score_a, score_b, waste_B = (jnp.where(agreed_B, x, 0) for x in (a_B1[:, 0], b_B1[:, 0], waste_B))
+    return Result(score_a, score_b, agreed_B, waste_B)
 
 
 def _counts(side: Dialogue) -> Array:
     return side.token_BT[:, 1 : 1 + 2 * ITEMS : 2] - pr.NUMBER
 
 
-def _points(side: Dialogue, share_BI: Array, agreed_B: Array) -> Array:
-    value_BI = side.token_BT[:, 2 : 2 + 2 * ITEMS : 2] - pr.NUMBER
-    return jnp.where(agreed_B, jnp.sum(share_BI * value_BI, axis=1), 0)
-
-
-def settle(ours: Dialogue, theirs: Dialogue) -> dict[str, np.ndarray]:
+def settle(ours: Dialogue, theirs: Dialogue, outcomes: int) -> dict[str, np.ndarray]:
     """Reads the result of finished negotiations, each seen from both sides.
 
     Returns:
       score_a, score_b: points of either side, 0 without a deal; agreed; pareto: agreed, and no other split is at least as
       good for both and better for one.
     """
-    score_a, score_b, agreed = jax.device_get(result(ours, theirs))
-    numbers_a, numbers_b = (np.asarray(d.token_BT)[:, 1 : 1 + 2 * ITEMS] - pr.NUMBER for d in (ours, theirs))
-    count, value_a, value_b = numbers_a[:, ::2], numbers_a[:, 1::2], numbers_b[:, 1::2]
-    pareto = np.zeros(len(agreed), bool)
-    for i in np.flatnonzero(agreed):
-        splits = np.stack(np.meshgrid(*(np.arange(n + 1) for n in count[i]), indexing="ij"), -1).reshape(-1, ITEMS)
-        a, b = splits @ value_a[i], (count[i] - splits) @ value_b[i]
-        pareto[i] = not np.any((a >= score_a[i]) & (b >= score_b[i]) & ((a > score_a[i]) | (b > score_b[i])))
-    return {"score_a": score_a, "score_b": score_b, "agreed": agreed, "pareto": pareto}
+    score_a, score_b, agreed, waste = jax.device_get(result(ours, theirs, outcomes))
+    return {"score_a": score_a, "score_b": score_b, "agreed": agreed, "pareto": agreed & (waste == 0)}
 
 
 def has_floor(protocol: pr.Protocol, dialogue: Dialogue) -> Array:
@@ -195,7 +199,7 @@ class Table:
         self._imagined_user = imagined_user
         scripted = isinstance(partner, Haggler)
         plan = make_planner(cfg, net, protocol, narrow=True)
-        most = outcomes(scenarios)
+        most = self._outcomes = outcomes(scenarios)
 
         def talk(params, partner_params, ours, theirs, temperature_R, key):
             views = rollout.View(net, params, ours), rollout.View(partner, partner_params, theirs)
@@ -256,7 +260,7 @@ class Table:
             else:
                 ours, theirs, more = self._turn_by_turn(*sides, ours, theirs, temperature_R, key)
             ours, theirs = self._read(*sides, ours, theirs)
-            figures = settle(ours, theirs) | more
+            figures = settle(ours, theirs, self._outcomes) | more
             ours = jax.device_get(earned(ours, figures["score_a"]))
             spoken_BT = np.isin(ours.author_BT, (pr.ASSISTANT, pr.USER))  # the outcome is no turn
             figures["turns"] = ours.turn_BT.max(axis=1, where=spoken_BT, initial=0)
