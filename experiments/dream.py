@@ -12,7 +12,7 @@ import functools
 import jax
 import numpy as np
 
-from mbrl_lm import app, config, goals, learner, nn, outcome, rollout, sharding, trained
+from mbrl_lm import app, config, deal, goals, learner, nn, outcome, rollout, sharding, trained
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import text_batches
 from mbrl_lm.data.corpus import load_corpus
@@ -75,11 +75,10 @@ def dream_of_both(
         protocol, *views, key, tokens=cfg.tokens, temperature=temperature_R, copies=cfg.imagine.candidates
     )
     ours = outcome.read(net, protocol, speakers[1], ours, outcomes, SUPPOSED)
-    result = negotiation.result_for_both(ours, theirs, outcomes)
+    result = deal.result_for_both(ours, deal.values(theirs), outcomes)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
     reward_B = result.score_a + cfg.imagine.generosity * result.score_b - cfg.imagine.waste * result.waste
-    earned = negotiation.earned(ours, reward_B)
-    return earned.replace(ended_B=ended_B, cut_B=~ended_B)
+    return deal.earned(ours, reward_B).replace(ended_B=ended_B, cut_B=~ended_B)
 
 
 def main(run: app.Run):
@@ -106,7 +105,7 @@ def main(run: app.Run):
     plain = dataclasses.replace(cfg, plan="none")  # the policy itself talks and is judged; planners: experiments.evaluate
     experience = Experience(plain, net, corpus, mesh)
     if cfg.imagine.sides == 2:
-        outcomes = negotiation.outcomes(negotiation.scenarios(corpus.train_records))
+        outcomes = negotiation.outcomes(experience.scenarios)
         imagine, prompts_at = functools.partial(dream_of_both, net, corpus.protocol, cfg, outcomes), experience.openings
     else:
         imagine, prompts_at = functools.partial(dream, net, corpus.protocol, cfg), experience.prompts

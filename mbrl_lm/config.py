@@ -166,6 +166,7 @@ class Planner:
     budget: int = 0  # the most tokens that a decision may take, which futures or simulations are cut down to; 0 = no limit
     reward: str = ""  # a name in reward.REWARDS; that of imagine.reward, if none is given
     user: str = "reference"  # whose words the imagined user has: those of when RL began, or live, the present ones
+    sides: int = 1  # 2: in negotiations the imagined user has values of its own, as what it has said makes them likely
 
 
 @dataclasses.dataclass

@@ -58,6 +58,16 @@ def check(cfg: Config) -> None:
             imagine.sides == 2 and cfg.loss.distil,
             "loss.distil imitates what a planner chose from one side's view: set imagine.sides=1",
         ),
+        (planner.sides not in (1, 2), "planner.sides is 1 or 2"),
+        (planner.sides == 2 and not negotiation, "planner.sides=2 gives both sides of deal_or_no_deal values: set it to 1"),
+        (
+            planner.sides == 2 and not planner.depth and cfg.plan in ("rollouts", "mpc"),
+            "planner.sides=2 is about who replies: set planner.depth above 0",
+        ),
+        (
+            planner.sides == 2 and "learned" in (planner.reward, planner.reward or imagine.reward),
+            "planner.sides=2 counts points: set planner.reward to split or sure_split",
+        ),
         (imagine.generosity and imagine.sides != 2, "imagine.generosity needs both sides' points: set imagine.sides=2"),
         (imagine.waste and imagine.sides != 2, "imagine.waste needs both sides' points: set imagine.sides=2"),
         (imagine.reward == "learned" and not cfg.loss.reward, "imagine.reward=learned needs loss.reward > 0"),

@@ -29,6 +29,7 @@ class Experience:
 
     Attributes:
       replay: the dialogues with the true user; saved with every checkpoint.
+      scenarios: what is negotiated over in imagination where the user, too, has values; else none.
     """
 
     def __init__(self, cfg: config.Config, net: nn.Net, corpus: Corpus, mesh):
@@ -38,7 +39,7 @@ class Experience:
         self._batch_at = self._mixture(recorded, cfg.train.rl_batch or cfg.train.batch, 0)
         prompts = cfg.imagine.batch // cfg.imagine.candidates
         both = cfg.imagine.sides == 2
-        self._protocol, self._scenarios = corpus.protocol, negotiation.scenarios(corpus.train_records) if both else []
+        self._protocol, self.scenarios = corpus.protocol, negotiation.scenarios(corpus.train_records) if both else []
         self._prompts_at = self._mixture(recorded, prompts, 1) if prompts else None
 
         def true_user(rows):
@@ -87,9 +88,9 @@ class Experience:
 
     def openings(self, step: int) -> tuple[Dialogue, Dialogue]:
         """The prompts of a step's imagined negotiations, as the policy and as the other side see them."""
-        rng = np.random.default_rng((self._cfg.seed, step, len(self._scenarios)))
-        index = rng.integers(4 * len(self._scenarios), size=self._cfg.imagine.batch // self._cfg.imagine.candidates)
-        return negotiation.openings(self._cfg, self._protocol, self._scenarios, index)
+        rng = np.random.default_rng((self._cfg.seed, step, len(self.scenarios)))
+        index = rng.integers(4 * len(self.scenarios), size=self._cfg.imagine.batch // self._cfg.imagine.candidates)
+        return negotiation.openings(self._cfg, self._protocol, self.scenarios, index)
 
     def with_oracle(self, state: TrainState, key: Array, step: int) -> Dialogue:
         """`imagine.batch` dialogues with the true user in the imagined one's place: an upper bound, and not counted."""

@@ -73,34 +73,44 @@ def mentions(protocol: pr.Protocol, dialogue: Dialogue, most: int) -> Array:
     return jnp.sum(said_BT[:, None] & (item_BT[:, None] == jnp.arange(most)[None, :, None]), axis=2, dtype=jnp.float32)
 
 
-def log_likelihoods(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
-    """f32 (B, Z): log p(all that the user says | own view of z), nats; -inf where there is no item z."""
-    return _likelihoods(net, protocol, params, dialogue, most, lambda said_BT: jnp.sum(said_BT, axis=1))
+def said(
+    net: Net,
+    protocol: pr.Protocol,
+    params: Params,
+    views: Dialogue,
+    role: int,
+    summed: Callable[[Array], Array] = lambda logp_BT: jnp.sum(logp_BT, axis=1),
+) -> Array:
+    """(B, ...): `summed` of the log-likelihoods of the tokens that a role has written, (B, T), nats, 0 elsewhere."""
+    B, T = views.token_BT.shape
+
+    def of_some(x) -> Array:
+        nll_BT = score(net, protocol, params, x[0]).nll_BT
+        return summed(-jnp.where(x[0].author_BT == role, nll_BT, 0.0))
+
+    return mapped(of_some, (T // 2,), (views,), parts_of(B, rows_at_once()))
+
+
+def log_likelihoods(
+    net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int, *summed: Callable[[Array], Array]
+) -> Array:
+    """f32 (B, Z): log p(all that the user says | own view of z), nats; -inf where there is no item z; see `said`."""
+    B = dialogue.token_BT.shape[0]
+    views = own_view(protocol, rollout.copied(dialogue, most), jnp.tile(jnp.arange(most), B))
+    logp = said(net, protocol, params, views, pr.USER, *summed)
+    logp = logp.reshape(B, most, *logp.shape[1:])
+    there_BZ = items(protocol, dialogue, most)
+    return jnp.where(there_BZ.reshape(B, most, *[1] * (logp.ndim - 2)), logp, -jnp.inf)
 
 
 def log_likelihoods_so_far(net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, most: int) -> Array:
     """f32 (B, Z, T): the same of what the user has said up to each token."""
     T = dialogue.token_BT.shape[1]
 
-    def so_far(said_BT):  # computed on no more tokens than there are, after which nothing is said
-        return jnp.pad(jnp.cumsum(said_BT, axis=1), ((0, 0), (0, T - said_BT.shape[1])), mode="edge")
+    def so_far(logp_BT):  # computed on no more tokens than there are, after which nothing is said
+        return jnp.pad(jnp.cumsum(logp_BT, axis=1), ((0, 0), (0, T - logp_BT.shape[1])), mode="edge")
 
-    return _likelihoods(net, protocol, params, dialogue, most, so_far)
-
-
-def _likelihoods(net, protocol, params, dialogue: Dialogue, most: int, summed: Callable[[Array], Array]) -> Array:
-    """(B, Z, ...): `summed` of the log-likelihoods of the user's tokens (B, T), in the own view of each z."""
-    B, T = dialogue.token_BT.shape
-
-    def said(x) -> Array:
-        nll_BT = score(net, protocol, params, x[0]).nll_BT
-        return summed(-jnp.where(x[0].author_BT == pr.USER, nll_BT, 0.0))
-
-    views = own_view(protocol, rollout.copied(dialogue, most), jnp.tile(jnp.arange(most), B))
-    logp = mapped(said, (T // 2,), (views,), parts_of(B * most, rows_at_once()))
-    logp = logp.reshape(B, most, *logp.shape[1:])
-    there_BZ = items(protocol, dialogue, most)
-    return jnp.where(there_BZ.reshape(B, most, *[1] * (logp.ndim - 2)), logp, -jnp.inf)
+    return log_likelihoods(net, protocol, params, dialogue, most, so_far)
 
 
 def belief(logp_BZT: Array, count: int) -> Array:

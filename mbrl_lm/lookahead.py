@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, goals, value
+from mbrl_lm import config, goals, valuation, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.micro_batches import mapped, parts_of, rows_at_once
 from mbrl_lm.nn import Net
@@ -71,6 +72,7 @@ class Lookahead:
             sorted({min(max(round(cfg.tokens * part), NARROWEST), cfg.tokens) for part in parts})
             for parts in (WIDTHS, READ_WIDTHS)
         )
+        self._reward = self.plan.reward or cfg.imagine.reward
         self._centres_W = value.bin_centres(cfg.model.bins, cfg.model.bin_limit)
 
     def write(
@@ -87,28 +89,16 @@ class Lookahead:
         replies: bool = False,
         logp_BZ: Array | None = None,
     ):
-        """`goals.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals.
+        """`goals.imagine`, and the tokens written in each row. `replies`: users speak, who may have goals or values.
 
         With `room`, on no wider a cache than leaves every row that many tokens: dialogues that need more are cut there.
         """
-        most = self.cfg.world_model.goals if replies else 0
+        imagine = self._of_users() if replies else functools.partial(goals.imagine, 0)
+        settings = {"turns": turns, "temperature": temperature, "user": user, "copies": copies, "logp_BZ": logp_BZ}
 
         def at(width: int, prompt: Dialogue) -> Dialogue:
-            written = goals.imagine(
-                most,
-                self.net,
-                self.protocol,
-                params,
-                jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt),
-                key,
-                tokens=width,
-                turns=turns,
-                temperature=temperature,
-                user=user,
-                copies=copies,
-                logp_BZ=logp_BZ,
-            )
-            return self._widened(written)
+            narrow = jax.tree_util.tree_map_with_path(lambda path, x: x[:, :width] if of_tokens(path) else x, prompt)
+            return self._widened(imagine(self.net, self.protocol, params, narrow, key, tokens=width, **settings))
 
         length_B = prompt_lengths(prompt)
         widths = [width for width in self.widths if width > room] if room else self.widths[-1:]
@@ -117,9 +107,17 @@ class Lookahead:
         written = jax.lax.switch(jnp.minimum(place, len(widths) - 1), branches, prompt)
         return written, prompt_lengths(written) - jnp.repeat(length_B, copies)
 
+    def _of_users(self) -> Callable[..., Dialogue]:
+        """How dialogues are imagined in which users speak."""
+        if self.plan.sides == 2:
+            return functools.partial(valuation.imagine, terms=self.cfg.imagine, sure=self._reward == "sure_split")
+        return functools.partial(goals.imagine, self.cfg.world_model.goals)
+
     def wanted(self, params: Params, prompt: Dialogue) -> Array | None:
-        """How likely each goal makes what users have said in prompts; None where they have no goals."""
+        """How likely each goal, or each valuation, makes what users have said in prompts; None where they have neither."""
         most = self.cfg.world_model.goals
+        if self.plan.sides == 2:
+            return valuation.log_likelihoods(self.net, self.protocol, params, prompt)
         return goals.log_likelihoods(self.net, self.protocol, params, prompt, most) if most else None
 
     def _widened(self, dialogue: Dialogue) -> Dialogue:
@@ -148,8 +146,10 @@ class Lookahead:
         heads = self.net.forward(params, dialogue.token_BT)
         value_BT = self._values(heads)
         unanswered_BU = turns.reply_BU == turns.close_BU
-        earn = REWARDS[self.plan.reward or cfg.imagine.reward]
-        reward_BU = earn(dialogue, turns, heads, self._centres_W, cfg.imagine.generosity)
+        if self.plan.sides == 2:
+            reward_BU = jnp.where(turns.mask_BU, dialogue.reward_BU, 0.0)
+        else:
+            reward_BU = REWARDS[self._reward](dialogue, turns, heads, self._centres_W, cfg.imagine.generosity)
         reward_BU = jnp.where(unanswered_BU & ~turns.last_BU, 0.0, reward_BU)
         acted_BU = turns.mask_BU & (turns.open_BU >= from_B[:, None] - 1)
         discount_BU = jnp.where(unanswered_BU, 1.0, cfg.returns.discount) * (1.0 - turns.last_BU)

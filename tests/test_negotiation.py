@@ -7,10 +7,10 @@ from fakes import follows, one_device, table_net
 from tiny import config_of, dialogue, noisy, tokens, world
 
 from experiments import dream
-from mbrl_lm import config, learner, outcome
+from mbrl_lm import config, deal, learner, outcome
 from mbrl_lm import protocol as pr
 from mbrl_lm.envs import negotiation
-from mbrl_lm.envs.negotiation import Table, earned, has_floor, hear, plan_cost, prompts, result_for_both, settle, summary
+from mbrl_lm.envs.negotiation import Table, has_floor, hear, plan_cost, prompts, settle, summary
 from mbrl_lm.optimizer import make_optimizer
 
 PROTOCOL = pr.make_protocol("negotiation", 27, turn_tokens=4)
@@ -61,12 +61,13 @@ def test_a_deal_is_pareto_efficient_when_no_other_split_is_better_for_one_and_as
     assert told["score_a"].tolist() == [7, 2, 10, 4, 0] and told["score_b"].tolist() == [6, 8, 0, 10, 10]
     assert told["pareto"].tolist() == [True, False, True, True, False]
     # In place of the second one the fourth gives either side 2 more, in place of the last one ours 4.
-    assert negotiation.result(*pairs(*shares), MOST).waste.tolist() == [0, 4, 0, 0, 4]
+    assert deal.result(*pairs(*shares), MOST).waste.tolist() == [0, 4, 0, 0, 4]
 
 
 def test_one_side_may_read_for_both():
     shares = ("1 0 1 stop", "none stop"), ("none stop", "0 4 0 stop"), ("0 4 0 stop", "0 4 0 stop")
-    told = result_for_both(*pairs(*shares), MOST)
+    ours, theirs = pairs(*shares)
+    told = deal.result_for_both(ours, deal.values(theirs), MOST)
     assert told.agreed.tolist() == [True, False, True]
     assert told.score_a.tolist() == [6, 0, 4] and told.score_b.tolist() == [8, 0, 2]
     assert told.waste.tolist() == [0, 0, 8]
@@ -80,13 +81,12 @@ def test_of_imagined_negotiations_the_user_reads_the_outcome():
     state = state.replace(params=w.params, reference=noisy(w.params, 7, 0.5))
     sides = table(cfg=w.cfg).openings(np.arange(48))
     dreamt = dream.dream_of_both(w.net, w.protocol, w.cfg, MOST, state, sides, KEY)
-    theirs = sides[1].replace(ended_B=dreamt.ended_B)
     by_user, by_policy = (
         outcome.read(w.net, w.protocol, p, dreamt, MOST, dream.SUPPOSED) for p in (state.reference, state.params)
     )
     np.testing.assert_array_equal(dreamt.token_BT, by_user.token_BT)
     assert np.any(dreamt.token_BT != by_policy.token_BT)
-    told = result_for_both(by_user, theirs, MOST)
+    told = deal.result_for_both(by_user, deal.values(sides[1]), MOST)
     assert 4 < told.agreed.sum() < 48 and told.waste.any()
     np.testing.assert_allclose(dreamt.reward_BU.sum(axis=1), told.score_a + 0.5 * told.score_b - 0.25 * told.waste)
     assert dreamt.ended_B.all()
@@ -99,7 +99,7 @@ def test_points_go_to_the_last_turn_of_the_assistant():
         f"bos {numbers} >u b >a a >u b >o none stop",
         f"bos {numbers} >u b >o none stop",
     ]
-    told = earned(dialogue(PROTOCOL, rows), np.array([6.0, 3.0, 2.0]))
+    told = deal.earned(dialogue(PROTOCOL, rows), np.array([6.0, 3.0, 2.0]))
     np.testing.assert_array_equal(np.asarray(told.reward_BU)[:, :3], [[0, 6, 0], [3, 0, 0], [2, 0, 0]])
 
 
@@ -166,8 +166,8 @@ def test_both_see_one_talk_in_mirrored_roles_and_its_figures_are_those_of_settle
     assert len({row.tobytes() for row in dialogues.token_BT}) == 10
 
 
-@pytest.mark.parametrize("plan", ["none", "rollouts", "gumbel"])
-def test_the_partner_plays_with_its_own_network(plan):
+@pytest.mark.parametrize("plan,sides", [("none", 1), ("rollouts", 1), ("gumbel", 1), ("rollouts", 2), ("gumbel", 2)])
+def test_the_partner_plays_with_its_own_network(plan, sides):
     # We say a and hand over; the partner says b and calls for the outcome; then each writes that it gets one half.
     chains = "1 2 3", "1 2 3"
     params = []
@@ -176,7 +176,8 @@ def test_the_partner_plays_with_its_own_network(plan):
         after = dict(zip(said[:-1], said[1:], strict=True)) | {pr.TO_ASSISTANT: tokens(word)[0]}
         params.append(follows(27, after | {tokens(word)[0]: tokens(then)[0]}))
     scenario = (2, 1, 4, 1, 6, 1), (2, 1, 4, 1, 6, 1)
-    cfg = config_of(plan=plan, imagine__reward="split", planner__candidates=2, planner__futures=1, planner__simulations=2)
+    planner = {"candidates": 2, "futures": 1, "simulations": 2, "sides": sides}
+    cfg = config_of(plan=plan, imagine__reward="split", **{f"planner__{name}": x for name, x in planner.items()})
     sat = Table(cfg, PROTOCOL, table_net(), table_net(), one_device(), [scenario], 4)
     figures, dialogues = sat.play(*params, KEY, 4, 0.5)
     numbers = " ".join(map(str, scenario[0]))

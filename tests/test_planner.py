@@ -229,6 +229,15 @@ def test_a_generous_planner_counts_what_is_left_to_the_other_side():
     np.testing.assert_allclose(outlook.return_B, 0.3 * 20 / 3, rtol=1e-5)
 
 
+def test_a_planner_that_imagines_values_of_the_other_side_counts_what_the_deal_was_worth_there():
+    cfg = config_of(tokens=T, plan="rollouts", imagine__reward="split", planner__sides=2)
+    w = world("negotiation", seed=3, model__layers=1)
+    row = "bos 1 4 3 1 2 0 >a a >u b >o 0 0 2 stop"
+    rows = dialogue(w.protocol, [row, row[:-6]], T=T, reward=[[2.5], [2.5]])
+    outlook = lookahead.Lookahead(cfg, w.net, w.protocol).look(w.params, rows, jnp.array([8, 8]))
+    assert outlook.return_B[0] == 2.5 != outlook.return_B[1]  # what was cut is worth the value of its state
+
+
 def test_spread_is_paid_for():
     """After a the user is either happy or not; after b it is always a little unhappy."""
     reward = {GOOD: 1.0, BAD: -1.0, C: -0.25}

@@ -6,13 +6,12 @@ for the outcome; each side then writes its own share, and a deal needs both shar
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_lm import config, outcome, reward, rollout
+from mbrl_lm import config, deal, outcome, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import join, put, take
 from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
@@ -61,47 +60,6 @@ def outcomes(scenarios: Sequence[Scenario]) -> int:
     return outcome.number_of([pair[0][::2] for pair in scenarios]) if scenarios else 1
 
 
-class Result(NamedTuple):
-    """What finished negotiations are worth to either side."""
-
-    score_a: Array  # i32 (B,), points, 0 without a deal
-    score_b: Array
-    agreed: Array  # bool (B,)
-    waste: Array  # i32 (B,), the points that both together could have had besides, neither having less; 0 without a deal
-
-
-def result(ours: Dialogue, theirs: Dialogue, outcomes: int) -> Result:
-    """Reads the outcomes of negotiations, each seen from both sides; `outcomes`: at least as many as one can have."""
-    (share_a, wrote_a), (share_b, wrote_b) = (reward.outcome_share(side) for side in (ours, theirs))
-    agreed_B = wrote_a & wrote_b & jnp.all(share_a + share_b == _counts(ours), axis=1)
-    return _worth(ours, theirs, share_a, agreed_B, outcomes)
-
-
-def result_for_both(ours: Dialogue, theirs: Dialogue, outcomes: int) -> Result:
-    """The same where our outcome was read for both sides."""
-    return _worth(ours, theirs, *reward.outcome_share(ours), outcomes)
-
-
-def _worth(ours: Dialogue, theirs: Dialogue, share_BI: Array, agreed_B: Array, outcomes: int) -> Result:
-    count_BI = _counts(ours)
-    value_a, value_b = (side.token_BT[:, 2 : 2 + 2 * ITEMS : 2] - pr.NUMBER for side in (ours, theirs))
-    other_BSI, possible_BS = (x[:, 1:] for x in outcome.slots(count_BI, outcomes))  # the first is no deal
-
-    def points(share_BXI):
-        a_BX = jnp.einsum("BXI,BI->BX", share_BXI, value_a)
-        return a_BX, jnp.einsum("BXI,BI->BX", count_BI[:, None] - share_BXI, value_b)
-
-    (a_B1, b_B1), (a_BS, b_BS) = points(share_BI[:, None]), points(other_BSI)
-    no_worse_BS = possible_BS & (a_BS >= a_B1) & (b_BS >= b_B1)
-    waste_B = jnp.max(jnp.where(no_worse_BS, a_BS + b_BS, 0), axis=1, initial=0) - (a_B1 + b_B1)[:, 0]
-    score_a, score_b, waste_B = (jnp.where(agreed_B, x, 0) for x in (a_B1[:, 0], b_B1[:, 0], waste_B))
-    return Result(score_a, score_b, agreed_B, waste_B)
-
-
-def _counts(side: Dialogue) -> Array:
-    return side.token_BT[:, 1 : 1 + 2 * ITEMS : 2] - pr.NUMBER
-
-
 def settle(ours: Dialogue, theirs: Dialogue, outcomes: int) -> dict[str, np.ndarray]:
     """Reads the result of finished negotiations, each seen from both sides.
 
@@ -109,7 +67,7 @@ def settle(ours: Dialogue, theirs: Dialogue, outcomes: int) -> dict[str, np.ndar
       score_a, score_b: points of either side, 0 without a deal; agreed; pareto: agreed, and no other split is at least as
       good for both and better for one.
     """
-    score_a, score_b, agreed, waste = jax.device_get(result(ours, theirs, outcomes))
+    score_a, score_b, agreed, waste = jax.device_get(deal.result(ours, theirs, outcomes))
     return {"score_a": score_a, "score_b": score_b, "agreed": agreed, "pareto": agreed & (waste == 0)}
 
 
@@ -135,13 +93,6 @@ def hear(protocol: pr.Protocol, listener: Dialogue, speaker: Dialogue) -> Dialog
         sampled_BT=listener.sampled_BT | said_BT,
         logp_BT=jnp.where(said_BT, speaker.logp_BT, listener.logp_BT),
     )
-
-
-def earned(dialogue: Dialogue, score_B: Array) -> Dialogue:
-    """The points go to the last turn of the assistant, as in recorded dialogues."""
-    opened_B = jnp.sum((dialogue.token_BT == pr.TO_ASSISTANT) & (dialogue.author_BT != pr.ASSISTANT), axis=1)
-    last_BU = jnp.arange(dialogue.reward_BU.shape[1])[None] == jnp.maximum(opened_B - 1, 0)[:, None]
-    return dialogue.replace(reward_BU=jnp.where(last_BU, score_B[:, None], 0).astype(jnp.float32))
 
 
 def temperatures(temperature: float) -> np.ndarray:
@@ -261,7 +212,7 @@ class Table:
                 ours, theirs, more = self._turn_by_turn(*sides, ours, theirs, temperature_R, key)
             ours, theirs = self._read(*sides, ours, theirs)
             figures = settle(ours, theirs, self._outcomes) | more
-            ours = jax.device_get(earned(ours, figures["score_a"]))
+            ours = jax.device_get(deal.earned(ours, figures["score_a"]))
             spoken_BT = np.isin(ours.author_BT, (pr.ASSISTANT, pr.USER))  # the outcome is no turn
             figures["turns"] = ours.turn_BT.max(axis=1, where=spoken_BT, initial=0)
             kept = index < dialogues
