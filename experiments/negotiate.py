@@ -53,7 +53,7 @@ SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, 
     "imagine.temperature": 0.5,
     "train.rl_batch": 8,
     "train.rl_steps": 800,
-    "train.rl_learning_rate": 2e-4,
+    "train.rl_learning_rate": 8e-4,
     "train.value_rate": 5.0,
     "loss.policy": 20.0,
     "loss.value": 0.05,  # the critic begins far off: ten times that, and its gradient leaves the policy none of the step
@@ -77,14 +77,15 @@ RUNS = {  # by the name of their directory
         "loss.value": 0.0,
         "loss.value_real": 0.0,
     },
-    "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.2},
+    "ours": SELF_PLAY | {"imagine.user": "frozen", "imagine.generosity": 0.4, "imagine.waste": 1.0},
     # Partners who have not learnt to bargain, and more and more of those who have.
     "ours_guards": SELF_PLAY
     | {
         "imagine.user": "population",
         "imagine.population": 8,
         "imagine.refresh": 100,
-        "imagine.generosity": 0.2,
+        "imagine.generosity": 0.4,
+        "imagine.waste": 1.0,
         "loss.trust": 0.3,
     },
 }
@@ -96,6 +97,7 @@ ROLLOUTS = {  # ten candidates, five roll-outs of each to the end, points times 
     "planner.future_tokens": 64,
     "planner.reward": "sure_split",
 }
+BELIEF = ROLLOUTS | {"planner.sides": 2}  # the same with partners whose values are drawn from what they have said
 ROWS = (
     Row("likelihood", "likelihood", "what people would say"),
     Row("rl", "rl", "REINFORCE on self-play, as in the paper"),
@@ -103,7 +105,7 @@ ROWS = (
     Row("rl_rollouts", "rl", "both", ROLLOUTS),
     Row("ours", "ours", "actor-critic over turns in imagination"),
     Row("ours_guards", "ours_guards", "the same with a population of partners, and a trust region"),
-    Row("ours_planning", "ours", "actor-critic over turns, and planning", ROLLOUTS),
+    Row("ours_planning", "ours", "actor-critic, and planning with what the partner may value", BELIEF),
 )
 
 
