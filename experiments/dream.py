@@ -77,8 +77,7 @@ def dream_of_both(
     ours = outcome.read(net, protocol, speakers[1], ours, outcomes, SUPPOSED)
     result = deal.result_for_both(ours, deal.values(theirs), outcomes)
     ended_B = jax.numpy.ones_like(ours.ended_B)  # who runs out of tokens has no deal
-    reward_B = result.score_a + cfg.imagine.generosity * result.score_b - cfg.imagine.waste * result.waste
-    return deal.earned(ours, reward_B).replace(ended_B=ended_B, cut_B=~ended_B)
+    return deal.earned(ours, deal.payoff(result, cfg.imagine)).replace(ended_B=ended_B, cut_B=~ended_B)
 
 
 def main(run: app.Run):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from mbrl_lm import outcome, reward
 from mbrl_lm import protocol as pr
+from mbrl_lm.config import Imagine
 from mbrl_lm.types import Array, Dialogue
 
 
@@ -55,6 +56,11 @@ def worth(count_BI: Array, value_a: Array, value_b: Array, share_BI: Array, agre
     waste_B = jnp.max(jnp.where(no_worse_BS, a_BS + b_BS, 0), axis=1, initial=0) - (a_B1 + b_B1)[:, 0]
     score_a, score_b, waste_B = (jnp.where(agreed_B, x, 0) for x in (a_B1[:, 0], b_B1[:, 0], waste_B))
     return Result(score_a, score_b, agreed_B, waste_B)
+
+
+def payoff(result: Result, terms: Imagine) -> Array:
+    """f32 (B,): own points, with `generosity` for each of the other side's, less `waste` for each that neither has."""
+    return result.score_a + terms.generosity * result.score_b - terms.waste * result.waste
 
 
 def earned(dialogue: Dialogue, score_B: Array) -> Dialogue:

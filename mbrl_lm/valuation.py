@@ -116,8 +116,7 @@ def priced(
     sure: bool,
 ) -> Dialogue:
     """The dialogues with what their outcomes, as written by us, are worth if the other side values items so."""
-    result = deal.result_for_both(ours, value_BI, OUTCOMES)
-    reward_B = result.score_a + terms.generosity * result.score_b - terms.waste * result.waste
+    reward_B = deal.payoff(deal.result_for_both(ours, value_BI, OUTCOMES), terms)
     if sure:
         seats = (params, ours), (other, with_outcome(protocol, own_view(protocol, ours, value_BI), ours))
         logp_B, other_logp_B = (goals.said(net, protocol, p, seat, pr.OUTCOME) for p, seat in seats)
