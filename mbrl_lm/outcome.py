@@ -43,13 +43,17 @@ def slot_of(share_BSI: Array, count_BI: Array) -> Array:
     return 1 + share_BSI[..., 0] + first_BS * (share_BSI[..., 1] + second_BS * share_BSI[..., 2])
 
 
+def valuations(count: Sequence[int]) -> list[tuple[int, ...]]:
+    """What one item of each kind may be worth to a side, where there are so many: all together are worth POINTS."""
+    return [v for v in itertools.product(range(POINTS + 1), repeat=len(count)) if np.dot(count, v) == POINTS]
+
+
 def supposed_values() -> np.ndarray:
     """i32 (11, 11, 11, K, 3): for any counts a few values that make them worth POINTS, far from each other."""
     most = pr.LARGEST_NUMBER + 1
     table = np.ones((most, most, most, SUPPOSED, 3), np.int32)
     for count in itertools.product(range(1, 7), repeat=3):
-        values = [v for v in itertools.product(range(most), repeat=3) if np.dot(count, v) == POINTS]
-        if values:
+        if values := valuations(count):
             table[count] = [values[i] for i in np.linspace(0, len(values) - 1, SUPPOSED).round().astype(int)]
     return table
 

@@ -20,7 +20,7 @@ from mbrl_lm import deal, goals, outcome, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.config import Imagine
 from mbrl_lm.nn import Net
-from mbrl_lm.reward import POINTS, outcome_share
+from mbrl_lm.reward import outcome_share
 from mbrl_lm.types import Array, Dialogue, Params
 
 COUNTS = [c for c in itertools.product(range(1, 6), repeat=3) if 5 <= sum(c) <= 7]  # of the items of a negotiation
@@ -30,9 +30,7 @@ OUTCOMES = outcome.number_of(np.array(COUNTS))
 @functools.cache
 def table() -> np.ndarray:
     """i32 (11, 11, 11, Z, 3): for any counts the valuations that make them worth POINTS; -1 where there are no more."""
-    found = {
-        count: [v for v in itertools.product(range(POINTS + 1), repeat=3) if np.dot(count, v) == POINTS] for count in COUNTS
-    }
+    found = {count: outcome.valuations(count) for count in COUNTS}
     most = max(map(len, found.values()))
     rows = np.full((*[pr.LARGEST_NUMBER + 1] * 3, most, 3), -1, np.int32)
     for count, valuations in found.items():
