@@ -66,24 +66,25 @@ def test_mistakes_are_one_line(args, message, capsys):
 # ---- the table ----
 
 
-def put(workdir, row, seed, scores, partner="p1", **figures):
+def put(workdir, row, seed, scores, partner="p1", ppl=5.0, **figures):
     """What a finished match leaves."""
     directory = workdir / "match" / row / f"seed_{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     base = {"score_a": float(np.mean(scores)), "score_b": 5.0, "agreed": 90.0, "pareto": 60.0, "score_a_se": 0.25}
     kept = {"commit": "abcdefg" + "h" * 33, "figures": base | figures, "score_a": scores}
     (directory / f"{partner}.json").write_text(json.dumps(kept))
-    (directory / "results.json").write_text(json.dumps({"word_ppl/val": 5.0, "split_accuracy/val/whole": 0.9}))
+    (directory / "results.json").write_text(json.dumps({"word_ppl/val": ppl, "split_accuracy/val/whole": 0.9}))
 
 
 @pytest.fixture
 def matches(tmp_path):
     put(tmp_path, "likelihood", 0, [4, 6, 8, 2])
-    put(tmp_path, "likelihood", 1, [6, 6, 8, 4])
+    put(tmp_path, "likelihood", 1, [6, 6, 8, 4], ppl=5.2)
     put(tmp_path, "rollouts", 0, [6, 6], **{"plan/tokens_a_turn": 1500.0, "plan/seconds_a_turn": 0.5})
-    put(tmp_path, "ours", 0, [9, 9, 8, 8])
-    put(tmp_path, "ours", 0, [6, 6, 7, 7], partner="p2")
-    put(tmp_path, "ours", 0, [9, 9, 9, 9], partner="self")
+    put(tmp_path, "ours", 0, [9, 9, 8, 8], ppl=5.25)
+    put(tmp_path, "ours", 0, [6, 6, 7, 7], partner="p2", ppl=5.25)
+    put(tmp_path, "ours", 0, [9, 9, 9, 9], partner="self", ppl=5.25)
+    put(tmp_path, "ours_planning", 0, [9.5, 9.5, 9.5, 9], ppl=5.25)
     return tmp_path
 
 
@@ -100,16 +101,18 @@ def test_the_page_and_its_csv_say_the_same(matches, capsys):
     assert negotiate.main(["negotiate", f"--from_csv={matches / 'negotiations.csv'}"]) == 0
     assert capsys.readouterr().out == page
     (line,) = [line for line in page.splitlines() if line.startswith("| likelihood | 5.5 ± 0.5 v")]
-    assert "5.4 v 5.5" in line and "| 5.00 ± 0.00 |" in line
+    assert "5.4 v 5.5" in line and "| 5.10 ± 0.10 |" in line
     assert "| ours | 8.5 ± 0.2 | 6.5 ± 0.2 | - | - | 9.0 ± 0.2 | +2.5 |" in page
     assert "| rollouts | +1.00 [-11.71, +13.71] | - | - | - | - | 1500 | 0.50 |" in page
-    assert "LIKELIHOOD: perplexity at most 5.40: 5.00: reached" in page
+    assert "LIKELIHOOD: perplexity at most 5.40: 5.10: reached" in page
     assert "LIKELIHOOD: at least 85 % agreed with itself: 90.00: reached" in page
     assert "ours: at least 8.3 points against p1: 8.50: reached" in page
     assert "ours: at least 94.4 % agreed (target 97): 90.00: not reached" in page
     assert "ours: from p1 to p2 its score falls by 2.00 (less than 1.85): not reached" in page
-    assert "ours: perplexity rises by 0.0 % (less than 7 %): reached" in page
-    assert "ours_planning: at least 8.3 points against p1: ours_planning has not negotiated yet" in page
+    assert "ours: perplexity rises by 5.0 % (less than 7 %): reached" in page  # over the seeds that it has itself
+    assert "rollouts: planning adds +1.00 [-11.71, +13.71] points with p1 (an interval above 0): not reached" in page
+    assert "ours_planning: planning adds +0.88 [+0.11, +1.64] points with p1 (an interval above 0): reached" in page
+    assert "ours_guards: at least 8.3 points against p1: ours_guards has not negotiated yet" in page
 
 
 def test_a_table_is_extended_by_a_csv(matches, tmp_path_factory):
