@@ -132,7 +132,6 @@ class Imagine:
     user: str = "live"  # the present model; frozen: as when RL began; population: past ones; oracle: the true user
     population: int = 4  # user=population: the newest so many
     refresh: int = 25  # user=population: updates between two of them
-    frozen: float = 0.0  # user=population: in so many of the updates the one of when RL began speaks in their place
     temperature: float = 1.0
     user_temperature: float = 1.0  # below 1, imagined users say what is likely, and contradict themselves less
     reward: str = ""  # a name in reward.REWARDS

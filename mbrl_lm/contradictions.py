@@ -77,11 +77,6 @@ def check(cfg: Config) -> None:
             imagine.user not in ("live", "frozen", "population", "oracle"),
             "imagine.user is live, frozen, population or oracle",
         ),
-        (not 0 <= imagine.frozen <= 1, "imagine.frozen is a part of the updates, between 0 and 1"),
-        (
-            imagine.frozen and imagine.user != "population",
-            "imagine.frozen mixes with past users: set imagine.user=population",
-        ),
         (imagine.user == "oracle" and not online, f"{cfg.data} has no true user to imagine with: change imagine.user"),
         (
             imagine.user == "oracle" and (imagine.candidates > 1 or not imagine.replies or not imagine.batch),

@@ -94,10 +94,7 @@ def imagined_user(cfg: config.Imagine, state: TrainState, key: Array) -> Any:
     if cfg.user == "frozen":
         return state.reference
     place = jax.random.randint(key, (), 0, cfg.population)
-    if not cfg.frozen:
-        return jax.tree.map(lambda x: x[place], state.population)
-    frozen = jax.random.bernoulli(jax.random.fold_in(key, 1), cfg.frozen)
-    return jax.tree.map(lambda x, past: jnp.where(frozen, x, past[place]), state.reference, state.population)
+    return jax.tree.map(lambda x: x[place], state.population)
 
 
 def judged_user(cfg: config.Config, state: TrainState) -> Any:

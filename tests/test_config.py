@@ -15,8 +15,6 @@ CONTRADICTIONS = [
     ("concierge", {"imagine.candidates": 5}, "imagine.candidates must divide"),
     ("concierge", {"imagine.user": "nobody"}, "imagine.user is live, frozen, population or oracle"),
     ("concierge", {"imagine.refresh": 0}, "at least 1"),
-    ("concierge", {"imagine.user": "population", "imagine.frozen": 1.5}, "imagine.frozen is a part"),
-    ("concierge", {"imagine.frozen": 0.5}, "set imagine.user=population"),
     ("concierge", {"policy.loss": "luck"}, "policy.loss is"),
     ("concierge", {"policy.baseline": "luck"}, "policy.baseline is"),
     ("concierge", {"policy.baseline": "leave_one_out"}, "set imagine.candidates above 1"),
