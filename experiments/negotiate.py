@@ -63,11 +63,7 @@ SELF_PLAY = {  # whole negotiations with a copy of the model in the other seat, 
     "loss.assistant": 0.5,
     "returns.scale_floor": 10.0,  # the points of a negotiation
 }
-OURS = SELF_PLAY | {  # what the deal leaves to both counts; at such a rate each step has to stay near the last ones
-    "imagine.generosity": 0.4,
-    "imagine.waste": 1.0,
-    "loss.trust": 0.3,
-}
+OURS = SELF_PLAY | {"imagine.generosity": 0.4, "imagine.waste": 1.0}  # what a deal leaves to the other side counts
 RUNS = {  # by the name of their directory
     "likelihood": {"train.rl_steps": 0, "imagine.batch": 0, "eval.dialogues": 0},
     # As in the paper: REINFORCE on points less their mean, fading by token, against the frozen model, beside supervision.
@@ -83,8 +79,14 @@ RUNS = {  # by the name of their directory
         "loss.value_real": 0.0,
     },
     "ours": OURS | {"imagine.user": "frozen"},
-    # Partners who have not learnt to bargain, and more and more of those who have.
-    "ours_guards": OURS | {"imagine.user": "population", "imagine.population": 8, "imagine.refresh": 100},
+    # Partners who have not learnt to bargain, and more and more of those who have; a step stays near the last ones.
+    "ours_guards": OURS
+    | {
+        "imagine.user": "population",
+        "imagine.population": 8,
+        "imagine.refresh": 100,
+        "loss.trust": 0.3,
+    },
 }
 ROLLOUTS = {  # ten candidates, five roll-outs of each to the end, points times the probability of the outcome
     "plan": "rollouts",
@@ -101,7 +103,7 @@ ROWS = (
     Row("rollouts", "likelihood", "the likelihood model, planning as in the paper", ROLLOUTS),
     Row("rl_rollouts", "rl", "both", ROLLOUTS),
     Row("ours", "ours", "actor-critic over turns in imagination"),
-    Row("ours_guards", "ours_guards", "the same with a population of partners"),
+    Row("ours_guards", "ours_guards", "the same with a population of partners, and a trust region"),
     Row("ours_planning", "ours_guards", "with these, and planning with what the partner may value", BELIEF),
 )
 
