@@ -1,7 +1,8 @@
 """The outcome of a negotiation as one side reads it off the dialogue: the likeliest split that is possible, or no deal.
 
 Token by token a reader may begin a share that no split ends; so whole outcomes are compared (Lewis et al. 2017). What a side
-would like is not what was said: so the dialogue is read from both seats, with values that who sits there might have.
+would like is not what was said: so the dialogue is read from both seats, with values that who sits there might have. Nor
+does a split hang on what the kinds of item are called: so it is read under every naming of them, and mistakes cancel out.
 """
 
 import functools
@@ -19,7 +20,7 @@ from mbrl_lm.rollout import copied, picked
 from mbrl_lm.scoring import policy_logits
 from mbrl_lm.types import Array, Dialogue, Params
 
-SUPPOSED = 3  # contexts that are tried out in either seat
+SUPPOSED = 3  # values that are tried out in either seat
 NO_DEAL_SURE = 0.98  # of no deal, to read it: in half of the dialogues recorded as such a split had been talked out
 WIDTHS = (0.25, 0.5, 1.0)  # parts of a dialogue's tokens; what is short is read on the first of them that holds it
 
@@ -108,24 +109,20 @@ def log_probabilities(
 
 
 def read(
-    net: Net,
-    protocol: pr.Protocol,
-    params: Params,
-    dialogue: Dialogue,
-    outcomes: int,
-    supposed: Sequence[int] = range(SUPPOSED),
+    net: Net, protocol: pr.Protocol, params: Params, dialogue: Dialogue, outcomes: int, readings: int | None = None
 ) -> Dialogue:
     """The dialogues with the likeliest outcome in the place of the one that was written, where one was called for.
 
-    How likely an outcome is, is the geometric mean of what views from both seats say, with supposed values. No deal is read
-    where they are sure of it. Two sides that read by one network therefore read alike.
+    How likely an outcome is, is the geometric mean of what readings from both seats say, each under another naming of the
+    kinds of item and with supposed values. No deal is read where they are sure of it. Two sides that read by one network
+    therefore read alike.
 
     Args:
       net, params: whoever reads.
       protocol: of a negotiation.
       dialogue: (B, T), the context first: `count value` of three kinds of item.
       outcomes: at least `number_of` their counts.
-      supposed: which of the supposed values are tried out; time goes with their number.
+      readings: N, from either seat, to which the time is proportional; None: every naming and every supposed value once.
     """
     B, T = dialogue.token_BT.shape
     called_BT = (dialogue.token_BT == pr.TO_OUTCOME) & (dialogue.author_BT != pr.END)
@@ -136,16 +133,28 @@ def read(
     count_BI = jnp.clip(dialogue.token_BT[:, 1:6:2] - pr.NUMBER, 0, pr.LARGEST_NUMBER)
     share_BSI, used_BS = slots(count_BI, outcomes)
 
-    seat_BXT = jnp.stack([dialogue.token_BT, jnp.asarray(protocol.mirror_V)[dialogue.token_BT]], axis=1)
-    token_BXKT = jnp.repeat(seat_BXT[:, :, None], len(supposed), axis=2)
-    value_BKI = jnp.asarray(supposed_values()[..., list(supposed), :])[tuple(count_BI.T)]
-    token_BXKT = token_BXKT.at[..., 2:7:2].set(pr.NUMBER + value_BKI[:, None])
-    views = 2 * len(supposed)
-    logp_RS = log_probabilities(net, protocol, params, token_BXKT.reshape(-1, T), jnp.repeat(at_B, views), outcomes)
-    logp_BXKS = jax.nn.log_softmax(logp_RS).reshape(B, 2, len(supposed), outcomes)
-    own_BS, other_BS = (jnp.mean(logp_BXKS[:, seat], axis=1) for seat in range(2))
-    theirs_BS = jnp.clip(slot_of(count_BI[:, None] - share_BSI, count_BI), 0, outcomes - 1).at[:, 0].set(0)
-    logp_BS = (own_BS + jnp.take_along_axis(other_BS, theirs_BS, axis=1)) / 2
+    namings = len(protocol.naming_XV)
+    reading_N = np.arange(readings or max(namings, SUPPOSED))
+    naming_N, supposed_N = reading_N % namings, (reading_N + SUPPOSED // 2) % SUPPOSED  # the middle values come first
+    N = len(reading_N)
+    order_NI = protocol.order_XI[naming_N]
+    count_BNI = count_BI[:, order_NI]
+    value_BNI = jnp.asarray(supposed_values())[(*jnp.moveaxis(count_BNI, -1, 0), supposed_N)]
+    token_BNT = jnp.asarray(protocol.naming_XV)[naming_N[None, :, None], dialogue.token_BT[:, None]]
+    token_BNT = token_BNT.at[..., 1:6:2].set(pr.NUMBER + count_BNI).at[..., 2:7:2].set(pr.NUMBER + value_BNI)
+    seat_BXNT = jnp.stack([token_BNT, jnp.asarray(protocol.mirror_V)[token_BNT]], axis=1)
+    logp_RS = log_probabilities(net, protocol, params, seat_BXNT.reshape(-1, T), jnp.repeat(at_B, 2 * N), outcomes)
+    logp_BXNS = jax.nn.log_softmax(logp_RS).reshape(B, 2, N, outcomes)
+
+    # Where each outcome stands in either seat, under each naming.
+    share_BNSI = jnp.moveaxis(share_BSI[..., order_NI], 2, 1)
+    seats = (share_BNSI, count_BNI[:, :, None] - share_BNSI)
+    own_RSI, count_RI = (
+        x.reshape(-1, *x.shape[2:]) for x in (jnp.concatenate(seats, axis=1), jnp.tile(count_BNI, (1, 2, 1)))
+    )
+    slot_RS = jnp.clip(slot_of(own_RSI, count_RI), 0, outcomes - 1).at[:, 0].set(0)
+    logp_BXNS = jnp.take_along_axis(logp_BXNS, slot_RS.reshape(logp_BXNS.shape), axis=-1)
+    logp_BS = jnp.mean(logp_BXNS, axis=(1, 2))
     best_B = jnp.argmax(jnp.where(used_BS, logp_BS, -jnp.inf)[:, 1:], axis=1) + 1
     none_B1 = (logp_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
 

@@ -9,6 +9,7 @@ user types, can encode to a role or to an end.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -28,7 +29,8 @@ PAD, BOS, TO_USER, TO_ASSISTANT, TO_OUTCOME, STOP, LEAVE, NO_DEAL, NUMBER = rang
 # In a user's own view of a context that lists items: what it wants follows, in the place of BOS; the others follow.
 WANTED, OTHERS = NUMBER + 1, NUMBER + 2
 FIRST_PIECE = len(SPECIAL)
-OUTCOME_TOKENS = 4  # the own share of three kinds of item, and the end
+KINDS = 3  # of item in a negotiation
+OUTCOME_TOKENS = KINDS + 1  # the own share of each kind, and the end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,13 +44,17 @@ class Protocol:
       budget_R: (R,) i32, the most tokens of one turn, its hand-over included; on the last one only hand-overs are allowed.
       mirror_V: (V,) i32, the same token as the other party of the conversation sees it: `<to_user>` <-> `<to_assistant>`.
       separator: the token between the items that a context lists; -1 where none is known.
+      naming_XV: (X, V) i32, the same token where the kinds of item are called otherwise; the first naming is the own one.
+      order_XI: (X, 3) i32, which kind then stands in each place.
     """
 
     switch_RV: np.ndarray
     allowed_RV: np.ndarray
     budget_R: np.ndarray
     mirror_V: np.ndarray
-    separator: int = -1
+    separator: int
+    naming_XV: np.ndarray
+    order_XI: np.ndarray
 
     @property
     def vocab_size(self) -> int:
@@ -61,7 +67,12 @@ class Protocol:
 
 
 def make_protocol(
-    kind: str, vocab_size: int, unknown: Sequence[int] = (), turn_tokens: int = 32, separator: int = -1
+    kind: str,
+    vocab_size: int,
+    unknown: Sequence[int] = (),
+    turn_tokens: int = 32,
+    separator: int = -1,
+    names: Sequence[Sequence[int]] = (),
 ) -> Protocol:
     """The tables of a kind of conversation.
 
@@ -72,6 +83,7 @@ def make_protocol(
       unknown: ids of pieces that stand for unknown words: read, never sampled.
       turn_tokens: the budget of a turn.
       separator: the token between the items of a context, if there is one.
+      names: tokens that the kinds of item of a negotiation are called, one for each kind: of one, of many; later ones win.
     """
     R, V = len(ROLES), vocab_size
     switch_RV = np.repeat(np.arange(R, dtype=np.int8)[:, None], V, axis=1)
@@ -98,9 +110,14 @@ def make_protocol(
 
     mirror_V = np.arange(V, dtype=np.int32)
     mirror_V[[TO_USER, TO_ASSISTANT]] = TO_ASSISTANT, TO_USER
+    order_XI = np.array(list(itertools.permutations(range(KINDS)))[: None if names else 1])
+    naming_XV = np.tile(np.arange(V, dtype=np.int32), (len(order_XI), 1))
+    for naming_V, order_I in zip(naming_XV[1:], order_XI[1:], strict=True):
+        for word in names:
+            naming_V[np.take(word, order_I)] = word
     no_limit = np.iinfo(np.int32).max
     budget_R = np.array([no_limit, turn_tokens, turn_tokens, OUTCOME_TOKENS, no_limit], np.int32)
-    return Protocol(switch_RV, allowed_RV, budget_R, mirror_V, separator)
+    return Protocol(switch_RV, allowed_RV, budget_R, mirror_V, separator, naming_XV, order_XI)
 
 
 def parse(protocol: Protocol, token_BT: Array) -> tuple[Array, Array]:

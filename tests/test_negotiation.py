@@ -82,7 +82,7 @@ def test_of_imagined_negotiations_the_user_reads_the_outcome():
     sides = table(cfg=w.cfg).openings(np.arange(48))
     dreamt = dream.dream_of_both(w.net, w.protocol, w.cfg, MOST, state, sides, KEY)
     by_user, by_policy = (
-        outcome.read(w.net, w.protocol, p, dreamt, MOST, dream.SUPPOSED) for p in (state.reference, state.params)
+        outcome.read(w.net, w.protocol, p, dreamt, MOST, dream.READINGS) for p in (state.reference, state.params)
     )
     np.testing.assert_array_equal(dreamt.token_BT, by_user.token_BT)
     assert np.any(dreamt.token_BT != by_policy.token_BT)

@@ -54,24 +54,42 @@ def mirrored(words: list[str]) -> list[str]:
     return [{">a": ">u", ">u": ">a"}.get(word, word) for word in words]
 
 
-@pytest.mark.parametrize("some", [range(outcome.SUPPOSED), (1,)])
-def test_the_likeliest_split_is_read_from_both_seats(some):
-    """Against the score of every outcome, written out, with the supposed values in either seat."""
+NAMES = [[pr.FIRST_PIECE + i for i in (0, 1, 2)], [pr.FIRST_PIECE + i for i in (3, 4, 5)]]  # a b c, d e f
+LETTERS = "abcdef"
+
+
+def renamed(words: list[str], order) -> list[str]:
+    """A dialogue in which kind j is called what kind `order[j]` was: what is said, and the counts."""
+    called = {LETTERS[3 * row + old]: LETTERS[3 * row + new] for row in (0, 1) for new, old in enumerate(order)}
+    context = [x for old in order for x in words[1 + 2 * old : 3 + 2 * old]]
+    return [words[0], *context, *(called.get(word, word) for word in words[7:])]
+
+
+@pytest.mark.parametrize("readings, names", [(None, ()), (1, ()), (None, NAMES), (4, NAMES)])
+def test_the_likeliest_split_is_read_from_both_seats_under_every_naming(readings, names):
+    """Against the score of every outcome, written out, with supposed values in either seat."""
     w = world("negotiation", seed=3, model__layers=1)
     params = noisy(w.params, 4, 0.5)
     rows = dialogue(w.protocol, ROWS)
-    read = jax.jit(lambda p, d: outcome.read(w.net, w.protocol, p, d, 37, some))(params, rows)
+    protocol = pr.make_protocol("negotiation", w.protocol.vocab_size, turn_tokens=4, names=names)
+    read = jax.jit(lambda p, d: outcome.read(w.net, protocol, p, d, 37, readings))(params, rows)
+    orders = list(itertools.permutations(range(3))) if names else [(0, 1, 2)]
     for b, counts in ((0, (1, 2, 1)), (1, (2, 1, 3))):
         begun = ROWS[b].split(" >o ")[0]
-        words, total_S, supposed = begun.split(), 0.0, outcome.supposed_values()[counts][list(some)].tolist()
-        for values in supposed:
-            texts, own_S = written_out(w, params, with_values(words, counts, values), counts)
-            _, logp_S = written_out(w, params, with_values(mirrored(words), counts, values), counts)
-            theirs = [" ".join(str(n - int(x)) for n, x in zip(counts, t.split()[:3], strict=True)) for t in texts[1:]]
-            other_S = logp_S[[0, *(texts.index(f"{text} stop") for text in theirs)]]
-            total_S = total_S + (own_S + other_S) / (2 * len(supposed))
-        best = texts[1 + int(np.argmax(total_S[1:]))]
-        expected = dialogue(w.protocol, [f"{begun} >o {best}"])
+        splits = [" ".join(map(str, s)) for s in itertools.product(*(range(n + 1) for n in counts))]
+        found = []
+        for n in range(readings or (6 if names else 3)):
+            order, supposed = orders[n % len(orders)], (n + 1) % 3
+            words, count = renamed(begun.split(), order), tuple(counts[old] for old in order)
+            values = outcome.supposed_values()[count][supposed].tolist()
+            for seat, seen in enumerate((words, mirrored(words))):
+                texts, logp_S = written_out(w, params, with_values(seen, count, values), count)
+                shares = [[int(x) for x in split.split()] for split in splits]
+                shares = [[n - x for n, x in zip(counts, share, strict=True)] if seat else share for share in shares]
+                called = [" ".join(str(share[old]) for old in order) for share in shares]
+                found.append(logp_S[[0, *(texts.index(f"{text} stop") for text in called)]])
+        total_S = np.mean(found, axis=0)
+        expected = dialogue(w.protocol, [f"{begun} >o {splits[int(np.argmax(total_S[1:]))]} stop"])
         np.testing.assert_array_equal(read.token_BT[b], expected.token_BT[0])
         np.testing.assert_array_equal(read.author_BT[b], expected.author_BT[0])
         assert np.exp(total_S[0]) < outcome.NO_DEAL_SURE

@@ -19,6 +19,7 @@ NO_DEAL = ("<disagree>", "<no_agreement>", "<disconnect>")
 ITEMS = 3
 NAMES = (("book", "hat", "ball"), ("books", "hats", "balls"))
 ALSO = {"basketball": "ball", "basketballs": "balls"}
+CALLED = (("book", "hat", "basketball"), ("books", "hats", "basketballs"), *NAMES)
 ADVICE = (
     "A line reads '<input> c0 v0 c1 v1 c2 v2 </input> <dialogue> YOU: words <eos> THEM: words <eos> ... YOU: <selection> "
     "</dialogue> <output> six outcomes </output> <partner_input> c0 w0 c1 w1 c2 w2 </partner_input>': fetch the file again."
