@@ -1,5 +1,6 @@
 """From a config to token arrays: the partner's scenarios, the logs of the environment, the tokenizer of a run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from fakes import write_deals
 from mbrl_lm import config, presets, tokenizer
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings, scenario_key
-from mbrl_lm.data.corpus import load_corpus, rename, write_logs
+from mbrl_lm.data.corpus import item_names, load_corpus, rename, write_logs
+from mbrl_lm.data.encode import encode
 from mbrl_lm.data.records import DataError
 from mbrl_lm.envs.concierge.renaming import RENAMINGS
 
@@ -69,6 +71,33 @@ def test_dialogues_are_renamed_where_it_is_asked_for(deals, tmp_path):
     corpus = load_corpus(config_of("deal_or_no_deal", deals, train__renamed=0.5, **values), tmp_path)
     assert len(corpus.renamed.uid_B) > 5 * len(corpus.train.uid_B)
     assert len(corpus.others_renamed.uid_B) > 5 * len(corpus.others.uid_B)
+
+
+def pieces_of(*texts):
+    return tokenizer.Tokenizer(tokenizer.train(texts, config.Tokenizer()))
+
+
+def test_tokens_are_renamed_as_words_are(deals):
+    said = "two books a hat the ball one book all hats balls a basketball basketballs"
+    pieces = pieces_of(said, "i want you can have")
+    record = DealOrNoDeal.read(deals)["train"][0]
+    record = dataclasses.replace(record, turns=(dataclasses.replace(record.turns[0], text=said), *record.turns[1:]))
+    protocol = pr.make_protocol("negotiation", pieces.vocab_size, pieces.unknown, names=item_names(pieces))
+    (own,) = encode([record], pieces, protocol, 64, 8).token_BT
+    others = [encode([other], pieces, protocol, 64, 8).token_BT[0] for other in renamings(record)]
+    assert len(others) == len(protocol.naming_XV) == 6
+    words = (own >= pr.FIRST_PIECE) & ~np.isin(own, pieces.unknown)
+    assert words.sum() >= len(said.split()) and len({tuple(other) for other in others}) == 6
+    for other, naming_V, order_I in zip(others, protocol.naming_XV, protocol.order_XI, strict=True):
+        assert naming_V[own][words].tolist() == other[words].tolist()
+        assert other[1:7:2].tolist() == own[1:7:2][order_I].tolist()
+
+
+def test_items_without_a_token_of_their_own_have_one_naming():
+    assert item_names(pieces_of("a book and two hats")) == []
+    usual = pieces_of("book hat ball books hats balls")
+    assert [usual.decode(tokens) for tokens in item_names(usual)] == ["book hat ball", "books hats balls"]
+    assert len(pr.make_protocol("negotiation", 40).naming_XV) == 1
 
 
 def test_the_environments_dialogues_are_renamed_where_it_is_asked_for(tmp_path):
