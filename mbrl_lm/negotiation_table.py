@@ -207,7 +207,7 @@ def _gain_line(line: Line, records: Records, partners: Sequence[str]) -> list[st
     cost = [
         cell(records, line.name, PARTNER, f"plan_{name}_a_turn", digits) for name, digits in (("tokens", 0), ("seconds", 2))
     ]
-    return [line.name, *(_gain(records, line.name, partner) for partner in partners), *cost]
+    return [line.name, *(_gain(planning_gain(records, line.name, partner)) for partner in partners), *cost]
 
 
 def planning_gain(records: Records, row: str, partner: str) -> Mean | None:
@@ -219,8 +219,7 @@ def planning_gain(records: Records, row: str, partner: str) -> Mean | None:
     return Mean(found[0].mean, *(end and end[0].mean for end in ends))
 
 
-def _gain(records: Records, row: str, partner: str) -> str:
-    mean = planning_gain(records, row, partner)
+def _gain(mean: Mean | None) -> str:
     if mean is None:
         return "-"
     return f"{mean.mean:+.2f}" + (f" [{mean.low:+.2f}, {mean.high:+.2f}]" if mean.low is not None else "")
@@ -239,34 +238,30 @@ class Aim(NamedTuple):
 def aims(lines: Sequence[Line], records: Records) -> list[str]:
     """What became of each aim, in words."""
     told = []
+
+    def judge(says: str, holds: bool) -> None:
+        told.append(f"{says}: {'reached' if holds else 'not reached'}")
+
     for aim in AIMS:
         found = over_seeds(records, aim.row, aim.partner, aim.figure)
         if found is None:
             told.append(f"{aim.says}: {aim.row} has not negotiated yet")
         else:
-            value = found[0].mean
-            told.append(f"{aim.says}: {value:.2f}: {'reached' if aim.holds(value) else 'not reached'}")
-    ours = [line.name for line in lines if line.name.startswith("ours")]
-    for row in ours:
+            judge(f"{aim.says}: {found[0].mean:.2f}", aim.holds(found[0].mean))
+    for row in (line.name for line in lines if line.name.startswith("ours")):
         base = over_seeds(records, row, PARTNER, "score_a")
         for partner in ("p2", "hard"):
             other = over_seeds(records, row, partner, "score_a")
             if base and other:
-                fall = base[0].mean - other[0].mean
-                verdict = "reached" if fall < PAPER_FALL / 2 else "not reached"
-                told.append(
-                    f"{row}: from p1 to {partner} its score falls by {fall:.2f} (less than {PAPER_FALL / 2:.2f}): {verdict}"
-                )
+                fall, most = base[0].mean - other[0].mean, PAPER_FALL / 2
+                judge(f"{row}: from p1 to {partner} its score falls by {fall:.2f} (less than {most:.2f})", fall < most)
         more = drift(records, row)
         if more is not None:
-            verdict = "reached" if more < 7 else "not reached"
-            told.append(f"{row}: perplexity rises by {more:.1f} % (less than 7 %): {verdict}")
+            judge(f"{row}: perplexity rises by {more:.1f} % (less than 7 %)", more < 7)
     for line in lines:
         mean = planning_gain(records, line.name, PARTNER) if line.plain else None
         if mean is not None:
-            verdict = "reached" if (mean.low or 0.0) > 0 else "not reached"
-            adds = _gain(records, line.name, PARTNER)
-            told.append(f"{line.name}: planning adds {adds} points with p1 (an interval above 0): {verdict}")
+            judge(f"{line.name}: planning adds {_gain(mean)} points with p1 (an interval above 0)", (mean.low or 0.0) > 0)
     return told
 
 

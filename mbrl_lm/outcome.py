@@ -39,8 +39,8 @@ def slots(count_BI: Array, outcomes: int) -> tuple[Array, Array]:
 
 
 def slot_of(share_BSI: Array, count_BI: Array) -> Array:
-    """i32 (B, S): where a share stands among the outcomes."""
-    first_BS, second_BS = (count_BI[:, i : i + 1] + 1 for i in (0, 1))
+    """i32 (B, S): where a share stands among the outcomes; B may be several axes."""
+    first_BS, second_BS = (count_BI[..., i : i + 1] + 1 for i in (0, 1))
     return 1 + share_BSI[..., 0] + first_BS * (share_BSI[..., 1] + second_BS * share_BSI[..., 2])
 
 
@@ -148,13 +148,9 @@ def read(
 
     # Where each outcome stands in either seat, under each naming.
     share_BNSI = jnp.moveaxis(share_BSI[..., order_NI], 2, 1)
-    seats = (share_BNSI, count_BNI[:, :, None] - share_BNSI)
-    own_RSI, count_RI = (
-        x.reshape(-1, *x.shape[2:]) for x in (jnp.concatenate(seats, axis=1), jnp.tile(count_BNI, (1, 2, 1)))
-    )
-    slot_RS = jnp.clip(slot_of(own_RSI, count_RI), 0, outcomes - 1).at[:, 0].set(0)
-    logp_BXNS = jnp.take_along_axis(logp_BXNS, slot_RS.reshape(logp_BXNS.shape), axis=-1)
-    logp_BS = jnp.mean(logp_BXNS, axis=(1, 2))
+    share_BXNSI = jnp.stack([share_BNSI, count_BNI[:, :, None] - share_BNSI], axis=1)
+    slot_BXNS = jnp.clip(slot_of(share_BXNSI, count_BNI[:, None]), 0, outcomes - 1).at[..., 0].set(0)
+    logp_BS = jnp.mean(jnp.take_along_axis(logp_BXNS, slot_BXNS, axis=-1), axis=(1, 2))
     best_B = jnp.argmax(jnp.where(used_BS, logp_BS, -jnp.inf)[:, 1:], axis=1) + 1
     none_B1 = (logp_BS[:, 0] > jnp.log(NO_DEAL_SURE))[:, None]
 

@@ -29,8 +29,8 @@ PAD, BOS, TO_USER, TO_ASSISTANT, TO_OUTCOME, STOP, LEAVE, NO_DEAL, NUMBER = rang
 # In a user's own view of a context that lists items: what it wants follows, in the place of BOS; the others follow.
 WANTED, OTHERS = NUMBER + 1, NUMBER + 2
 FIRST_PIECE = len(SPECIAL)
-KINDS = 3  # of item in a negotiation
-OUTCOME_TOKENS = KINDS + 1  # the own share of each kind, and the end
+ITEMS = 3  # kinds of item in a negotiation
+OUTCOME_TOKENS = ITEMS + 1  # the own share of each kind, and the end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def make_protocol(
 
     mirror_V = np.arange(V, dtype=np.int32)
     mirror_V[[TO_USER, TO_ASSISTANT]] = TO_ASSISTANT, TO_USER
-    order_XI = np.array(list(itertools.permutations(range(KINDS)))[: None if names else 1])
+    order_XI = np.array(list(itertools.permutations(range(ITEMS)))[: None if names else 1])
     naming_XV = np.tile(np.arange(V, dtype=np.int32), (len(order_XI), 1))
     for naming_V, order_I in zip(naming_XV[1:], order_XI[1:], strict=True):
         for word in names:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.builders.deal_or_no_deal import ITEMS, NAMES
+from mbrl_lm.data.builders.deal_or_no_deal import NAMES
 from mbrl_lm.envs import offers
 from mbrl_lm.envs.offers import Share, mirrored
 from mbrl_lm.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ class Listener:
 
     def _numbers(self, dialogue: Dialogue, b: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Counts and own values."""
-        numbers = (dialogue.token_BT[b, 1 : 1 + 2 * ITEMS] - pr.NUMBER).tolist()
+        numbers = (dialogue.token_BT[b, 1 : 1 + 2 * pr.ITEMS] - pr.NUMBER).tolist()
         return tuple(numbers[::2]), tuple(numbers[1::2])
 
     def _said(self, dialogue: Dialogue, b: int) -> list[Said]:

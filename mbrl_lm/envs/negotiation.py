@@ -14,7 +14,6 @@ import numpy as np
 from mbrl_lm import config, deal, outcome, rollout
 from mbrl_lm import protocol as pr
 from mbrl_lm.data.batches import join, put, take
-from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
 from mbrl_lm.data.records import Record
 from mbrl_lm.envs.haggler import Haggler, Listener
 from mbrl_lm.nn import Net
@@ -45,7 +44,7 @@ def prompts(contexts: Sequence[Sequence[int]], first_speaker: Sequence[int], tok
       tokens, turns: T and U.
     """
     opening = {pr.ASSISTANT: pr.TO_ASSISTANT, pr.USER: pr.TO_USER}
-    width = 2 + 2 * ITEMS
+    width = 2 + 2 * pr.ITEMS
     dialogue = empty_dialogues(len(contexts), width, turns)
     for b, (context, first) in enumerate(zip(contexts, first_speaker, strict=True)):
         dialogue.token_BT[b] = [pr.BOS, *(pr.NUMBER + n for n in context), opening[first]]

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from mbrl_lm.data.builders.deal_or_no_deal import ITEMS
+from mbrl_lm.protocol import ITEMS
 
 SPEAKER, HEARER = 0, 1
 Share = tuple[int, ...]  # of each kind of item, so many for one side

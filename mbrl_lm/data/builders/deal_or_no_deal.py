@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 from mbrl_lm.data.builders import base
 from mbrl_lm.data.records import DataError, Record, Turn
+from mbrl_lm.protocol import ITEMS
 
 ROLE = {"YOU": "assistant", "THEM": "user"}
 SELECTION = "<selection>"  # what the speaker who calls for the outcome says
 NO_DEAL = ("<disagree>", "<no_agreement>", "<disconnect>")
-ITEMS = 3
 NAMES = (("book", "hat", "ball"), ("books", "hats", "balls"))
-ALSO = {"basketball": "ball", "basketballs": "balls"}
 CALLED = (("book", "hat", "basketball"), ("books", "hats", "basketballs"), *NAMES)
+ALSO = {x: name for names in zip(CALLED, NAMES, strict=False) for x, name in zip(*names, strict=True) if x != name}
 ADVICE = (
     "A line reads '<input> c0 v0 c1 v1 c2 v2 </input> <dialogue> YOU: words <eos> THEM: words <eos> ... YOU: <selection> "
     "</dialogue> <output> six outcomes </output> <partner_input> c0 w0 c1 w1 c2 w2 </partner_input>': fetch the file again."
