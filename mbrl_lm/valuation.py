@@ -51,6 +51,22 @@ def valuations(dialogue: Dialogue) -> tuple[Array, Array]:
     return jnp.where(none_B1[..., None], 1, value_BZI), there_BZ.at[:, :1].set(there_BZ[:, :1] | none_B1)
 
 
+def supposed(dialogue: Dialogue, key: Array, part: float) -> tuple[Dialogue, Array]:
+    """About `part` of the dialogues with other values in the place of the own ones, and bool (B,), which of them.
+
+    Values are drawn from all that there may be. What was said and how it ended stays: nobody who has these values said it,
+    but a reader of the outcome must not mind who reads.
+    """
+    value_BZI = jnp.asarray(table())[tuple(jnp.clip(deal.counts(dialogue), 0, pr.LARGEST_NUMBER).T)]
+    there_BZ = jnp.all(value_BZI >= 0, axis=-1)
+    part_key, value_key = jax.random.split(key)
+    z_B = jax.random.categorical(value_key, jnp.where(there_BZ, 0.0, -jnp.inf))
+    value_BI = jnp.take_along_axis(value_BZI, z_B[:, None, None], axis=1)[:, 0]
+    chosen_B = jax.random.bernoulli(part_key, part, z_B.shape) & jnp.any(there_BZ, axis=1)
+    shown_BI = jnp.where(chosen_B[:, None], pr.NUMBER + value_BI, dialogue.token_BT[:, 2:7:2])
+    return dialogue.replace(token_BT=dialogue.token_BT.at[:, 2:7:2].set(shown_BI)), chosen_B
+
+
 def own_view(protocol: pr.Protocol, dialogue: Dialogue, value_BI: Array) -> Dialogue:
     """The dialogues as the other side sees them that values items so; the outcome, which each writes alone, is cut off."""
     said_BT = jnp.where(dialogue.author_BT == pr.OUTCOME, pr.PAD, dialogue.token_BT)
