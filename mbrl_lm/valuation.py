@@ -64,7 +64,7 @@ def supposed(dialogue: Dialogue, key: Array, part: float) -> tuple[Dialogue, Arr
     value_BI = jnp.take_along_axis(value_BZI, z_B[:, None, None], axis=1)[:, 0]
     chosen_B = jax.random.bernoulli(part_key, part, z_B.shape) & jnp.any(there_BZ, axis=1)
     shown_BI = jnp.where(chosen_B[:, None], pr.NUMBER + value_BI, dialogue.token_BT[:, 2:7:2])
-    return dialogue.replace(token_BT=dialogue.token_BT.at[:, 2:7:2].set(shown_BI)), chosen_B
+    return dialogue.replace(token_BT=jnp.asarray(dialogue.token_BT).at[:, 2:7:2].set(shown_BI)), chosen_B
 
 
 def own_view(protocol: pr.Protocol, dialogue: Dialogue, value_BI: Array) -> Dialogue:
