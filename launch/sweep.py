@@ -5,7 +5,7 @@
 One command line per line of FILE (or of the standard input), each with the --workdir=DIR that it writes to; a line whose DIR
 holds results.json is done. What stands after a blank line begins when all before it has ended, or as soon as the run is done
 that it begins with, --config.start=DIR. The output of each goes to DIR/log.txt. Each of the jobs has its own share of this
-machine's cores. A run that fails stops no other one; the exit status is then 1, and the last lines name it. Ctrl-C or
+machine's cores; a run beside which no other one may begin has them all. A run that fails stops no other one; the exit status is then 1, and the last lines name it. Ctrl-C or
 SIGTERM asks those that run to stop, a second one asks again; the same command goes on with what is left.
 """
 
@@ -121,7 +121,10 @@ def cores_of(slot: int, jobs: int, cores: Sequence[int]) -> list[int]:
 
 
 def launch(command: Command, slot: int, jobs: int) -> Job:
-    """Starts a command on the cores of its slot, in a session of its own: a terminal's Ctrl-C reaches it once, from us."""
+    """Starts a command on the cores of its slot, in a session of its own: a terminal's Ctrl-C reaches it once, from us.
+
+    One job has all cores.
+    """
     env, pin = dict(os.environ), None
     if hasattr(os, "sched_setaffinity"):
         cores = cores_of(slot, jobs, sorted(os.sched_getaffinity(0)))
@@ -156,8 +159,9 @@ def run_all(commands: Sequence[Command], jobs: int, stop: Stop) -> Iterator[tupl
                 break
             waiting.remove(command)
             slot = min(set(range(jobs)) - {job.slot for job in running})
+            alone = not running and may_begin(waiting, [command]) is None  # until it ends
             try:
-                running.append(launch(command, slot, jobs))
+                running.append(launch(command, slot, 1 if alone else jobs))
             except OSError as error:
                 yield command, f"it could not be started: {error}", 0.0
         if passed_on < stop.asked:

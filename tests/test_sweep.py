@@ -184,12 +184,22 @@ def test_each_job_has_its_share_of_the_cores():
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be chosen on this system")
 def test_a_run_on_one_core_has_no_pool_of_threads(bench):
     cores = sorted(os.sched_getaffinity(0))
-    bench.call([bench.line("a")], f"--jobs={len(cores)}", XLA_FLAGS="--given")
+    bench.call([bench.line("a"), bench.line("c")], f"--jobs={len(cores)}", XLA_FLAGS="--given")
     log = (bench.path / "a" / "log.txt").read_text()
     assert log == f"hello from a --given --xla_cpu_multi_thread_eigen=false [{cores[0]}]\n"
     if len(cores) > 1:
         bench.call([bench.line("b")], "--jobs=1", XLA_FLAGS="--given")
         assert (bench.path / "b" / "log.txt").read_text() == f"hello from b --given {cores}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be chosen on this system")
+def test_a_run_beside_which_no_other_may_begin_has_all_cores(bench):
+    cores = sorted(os.sched_getaffinity(0))
+    lines = [bench.line("a"), "", bench.line("b", start="a"), bench.line("c", "slow", "a"), "", bench.line("d", start="b")]
+    bench.call(lines, "--jobs=2")
+    logs = {name: (bench.path / name / "log.txt").read_text() for name in "abcd"}
+    had_all = [f"{cores}\n" in logs[name] for name in "abcd"]
+    assert had_all == [True, *[len(cores) == 1] * 3], "c still runs when d begins"
 
 
 @pytest.mark.parametrize(
