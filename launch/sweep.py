@@ -5,8 +5,9 @@
 One command line per line of FILE (or of the standard input), each with the --workdir=DIR that it writes to; a line whose DIR
 holds results.json is done. What stands after a blank line begins when all before it has ended, or as soon as the run is done
 that it begins with, --config.start=DIR. The output of each goes to DIR/log.txt. Each of the jobs has its own share of this
-machine's cores; a run beside which no other one may begin has them all. A run that fails stops no other one; the exit status is then 1, and the last lines name it. Ctrl-C or
-SIGTERM asks those that run to stop, a second one asks again; the same command goes on with what is left.
+machine's cores; a run beside which no other one may begin has them all. A run that fails stops no other one; the exit status
+is then 1, and the last lines name it. Ctrl-C or SIGTERM asks those that run to stop, a second one asks again; the same
+command goes on with what is left.
 """
 
 import argparse
