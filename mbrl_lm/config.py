@@ -137,7 +137,7 @@ class Imagine:
     user_temperature: float = 1.0  # below 1, imagined users say what is likely, and contradict themselves less
     reward: str = ""  # a name in reward.REWARDS
     sides: int = 1  # 2: in negotiations the imagined user has values of its own, speaks from that seat, and must agree
-    generosity: float = 0.0  # sides=2: a point of the other side's counts so much of an own one; to planners on average
+    generosity: float = 0.0  # sides=2: a point of the other side's counts so much; to a planner of one side, on average
     waste: float = 0.0  # sides=2: off the reward for each point that a deal leaves to neither: both together could have more
 
 

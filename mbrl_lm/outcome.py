@@ -49,6 +49,7 @@ def valuations(count: Sequence[int]) -> list[tuple[int, ...]]:
     return [v for v in itertools.product(range(POINTS + 1), repeat=len(count)) if np.dot(count, v) == POINTS]
 
 
+@functools.cache
 def supposed_values() -> np.ndarray:
     """i32 (11, 11, 11, K, 3): for any counts a few values that make them worth POINTS, far from each other."""
     most = pr.LARGEST_NUMBER + 1
