@@ -21,7 +21,7 @@ import numpy as np
 from mbrl_lm import config, goals, learner, nn, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import chunks, join, text_batches
+from mbrl_lm.data.batches import chunks, join, lengths, text_batches
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
@@ -30,6 +30,7 @@ from mbrl_lm.envs.concierge import HELD_OUT_TYPES, TEST_UIDS, bayes, mean_interv
 from mbrl_lm.envs.haggler import Haggler, Listener
 from mbrl_lm.envs.negotiation import Table, plan_cost, summary
 from mbrl_lm.envs.true_user import TrueUser
+from mbrl_lm.metrics import Progress
 from mbrl_lm.optimizer import make_optimizer
 from mbrl_lm.reward import REWARDS
 from mbrl_lm.sharding import abstract, pjit
@@ -259,6 +260,10 @@ def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory
 def _fit(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, optimizer, state: TrainState, key: Array) -> TrainState:
     update = learner.compile_update(net, corpus.protocol, cfg, optimizer, mesh, rl=False)
     batch_at = text_batches(cfg, cfg.seed + 1, corpus.others, corpus.others_renamed)
-    for step in range(cfg.train.supervised_steps):
-        state, _ = update(state, batch_at(step), None, jax.random.fold_in(key, step))
+    with Progress(cfg.train.supervised_steps) as progress:  # minutes in which nothing else is to be seen
+        progress.phase("the partner's likelihood")
+        for step in range(cfg.train.supervised_steps):
+            batch = batch_at(step)
+            state, _ = update(state, batch, None, jax.random.fold_in(key, step))
+            progress.tick(step + 1, int(lengths(batch).sum()))
     return state

@@ -108,7 +108,7 @@ class Writer:
         """
         self._workdir = pathlib.Path(workdir)
         self._enabled = jax.process_index() == 0
-        self._progress = _Progress(total_steps, start or 0, show, every_s, stream or sys.stderr) if self._enabled else None
+        self._progress = Progress(total_steps, start or 0, show, every_s, stream)
         if not self._enabled:
             return
         _truncate_lines(self._workdir / "metrics.jsonl", start)
@@ -131,13 +131,11 @@ class Writer:
 
     def phase(self, name: str) -> None:
         """Names what the run is doing, on the progress line."""
-        if self._enabled:
-            self._progress.phase(name)
+        self._progress.phase(name)
 
     def tick(self, step: int, tokens: int) -> None:
         """Counts one finished step, and the tokens that it trained on or wrote, for the progress line."""
-        if self._enabled:
-            self._progress.tick(step, tokens)
+        self._progress.tick(step, tokens)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line of metrics, rounded to float32 so that it does not hang on the last bits of a sum.
@@ -176,21 +174,33 @@ class Writer:
             self._flushed_s = time.monotonic()
 
 
-class _Progress:
-    """Step, phase, a few metrics, tokens/s and the time left: a live line on a terminal, else a line now and then."""
+class Progress:
+    """Step, phase, a few metrics, tokens/s and the time left: a live line on a terminal, else a line now and then.
 
-    def __init__(self, total: int, start: int, show: Sequence[str], every_s: float, stream: TextIO):
-        self._total, self._step, self._shown, self._every_s, self._stream = total, start, tuple(show), every_s, stream
+    Only process 0 shows it. The arguments are those of `Writer`.
+    """
+
+    def __init__(
+        self, total: int, start: int = 0, show: Sequence[str] = (), every_s: float = 10.0, stream: TextIO | None = None
+    ):
+        self._total, self._step, self._shown, self._every_s = total, start, tuple(show), every_s
+        self._stream, self._quiet = stream or sys.stderr, jax.process_index() != 0
         self._phase, self._figures, self._tokens = "", {}, 0
         self._pace: deque[tuple[float, int, int]] = deque(maxlen=_PACE)  # (seconds, step, tokens so far)
         self._printed_s = -math.inf
         self._live = None
-        if stream.isatty():
+        if self._stream.isatty() and not self._quiet:
             columns = rich.progress.BarColumn(bar_width=20), rich.progress.TextColumn("{task.description}", markup=False)
-            console = rich.console.Console(file=stream)
+            console = rich.console.Console(file=self._stream)
             self._live = rich.progress.Progress(*columns, console=console, refresh_per_second=4, transient=True)
             self._task = self._live.add_task("", total=total, completed=start)
             self._live.start()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
 
     def phase(self, name: str) -> None:
         if name == self._phase:
@@ -234,7 +244,7 @@ class _Progress:
     def _refresh(self, now: bool) -> None:
         if self._live:
             self._live.update(self._task, completed=self._step, description=self.line())
-        elif now or time.monotonic() - self._printed_s >= self._every_s:
+        elif not self._quiet and (now or time.monotonic() - self._printed_s >= self._every_s):
             self._printed_s = time.monotonic()
             self._stream.write(self.line() + "\n")
             self._stream.flush()

@@ -170,7 +170,7 @@ def test_the_partner_is_judged_with_scenarios_that_neither_side_learns_from(tmp_
     assert not {*scenarios} & {*seen} and not {numbers for pair in scenarios for numbers in pair} & {*seen}
 
 
-def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_the_bit(tmp_path, monkeypatch):
+def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_the_bit(tmp_path, monkeypatch, capsys):
     cfg = config_of(data="deal_or_no_deal", partner__steps=3, imagine__reward="split", train__batch=2, widths=())
     cfg.partner.model = config.Model(layers=1, width=8, heads=2, kv_heads=1, mlp_width=8, bins=11)
     rows = [f"bos 1 {i} 1 1 1 1 >a a >u b >o 1 0 1 stop" for i in range(4)]
@@ -184,6 +184,7 @@ def test_the_partner_is_fitted_once_to_dialogues_of_its_own_and_comes_back_to_th
     monkeypatch.setattr(judge, "text_batches", watched)
     fit = functools.partial(judge.fit_partner, cfg, make_net(cfg.partner.model, V), corpus, one_device())
     first, resumed, again = fit(tmp_path / "a"), fit(tmp_path / "a"), fit(tmp_path / "b")
+    assert capsys.readouterr().err.count("3/3  the partner's likelihood") == 2, "it takes minutes, and is seen to go on"
     assert len(fed) == 2 * cfg.partner.steps and all(x is corpus.others for x in fed)
     start = learner.init_state(make_net(cfg.partner.model, V), make_optimizer(cfg.train), jax.random.key(cfg.seed)).params
     for a, b, c, untrained in zip(*map(jax.tree.leaves, (first, resumed, again, start)), strict=True):
