@@ -59,7 +59,6 @@ PAPER = NEGOTIATION | {  # an hour on two cores
     "train.renamed": 0.86,
     "train.supervised_steps": 3950,
     "train.undropped": 0.04,
-    "train.supposed": 0.25,
     "train.rl_steps": 150,
     "partner.share": 0.1,
     "partner.steps": 1500,
