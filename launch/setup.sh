@@ -52,7 +52,7 @@ install_packages() {
   "${pip[@]}" --no-deps --require-hashes --requirement <(pinned setuptools)
   local locked=(--no-build-isolation --require-hashes --requirement "$ROOT/requirements.lock")
   if "${pip[@]}" --no-deps --require-hashes --requirement <(pinned uv) 2>/dev/null &&
-    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" "${locked[@]}"; then
+    "$PYTHON" -m uv pip install --quiet --compile-bytecode --python "$PYTHON" "${locked[@]}"; then
     return
   fi
   say "set-up: going on with pip, which takes about a minute more"

@@ -575,7 +575,7 @@ def command(program, workdir, *flags):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("chat") / "w"
     process = command("experiments.dream", workdir, "--variant=tiny", *(f"--config.{k}={v}" for k, v in RUN.items()))
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     return workdir
 
@@ -585,7 +585,7 @@ def test_a_piped_session_and_an_interrupted_one(trained, tmp_path):
     process = command("experiments.chat", trained, "--config.eval.temperature=1.5")
     typed = b"Hello, I need a castle\n/imagine\n/value\nplease not \xff\n/end\n9\n/quit\n"
     process.stdin.buffer.write(typed)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert out.count("assistant: ") == 2 and out.count("you, imagined: ") == 3 and "> please not \ufffd" in out
     assert "the assistant knows:\n  " in out and "the model does not know: castle" in out and "value, the return" in out
@@ -600,7 +600,7 @@ def test_a_piped_session_and_an_interrupted_one(trained, tmp_path):
             assert line, process.stderr.read()
         process.stdout.readline()  # the answer: now it waits for the next turn
         process.send_signal(number)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert (process.returncode, err) == (0, "") and "interrupted" in out
     first, *others = kept(path)
     assert (first["ended"], first["reward"]) == ("end", 0.9)

@@ -57,7 +57,7 @@ def start(workdir, flags, program="dream") -> subprocess.Popen:
 
 
 def finish(process) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 

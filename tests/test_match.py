@@ -156,6 +156,7 @@ def test_a_negotiator_is_trained_with_both_sides_and_sits_at_every_table(tmp_pat
     assert "train/imagined_reward" in lines(tmp_path / "ours")[-2] and "loss/policy_imagined" in lines(tmp_path / "ours")[-2]
     assert not (tmp_path / "ours" / "partner").exists()
     flags = {"data": "deal_or_no_deal", "data_dir": data["data_dir"], "start": tmp_path / "ours", "eval.final_dialogues": 4}
+    flags |= {name: x for name, x in NEGOTIATION.items() if name.startswith("partner.")}
     flags |= {
         "plan": "rollouts",
         "planner.candidates": 2,
