@@ -181,12 +181,10 @@ def make_flags() -> flags.FlagValues:
 
 def write_table(workdir: pathlib.Path, before: negotiation_table.Records) -> pathlib.Path:
     """Writes negotiations.csv and negotiations.md."""
-    order = [line.name for line in lines(ROWS)]
+    rows, partners = [line.name for line in lines(ROWS)], [*PARTNERS, negotiation_table.EVERYBODY]
     records = before | negotiation_table.read_matches(workdir, lines(ROWS), list(PARTNERS))
-    records = {
-        key: records[key]
-        for key in sorted(records, key=lambda key: (order.index(key[0]), key[2], list(PARTNERS).index(key[1])))
-    }
+    order = sorted(records, key=lambda key: (rows.index(key[0]), key[2], partners.index(key[1])))
+    records = {key: records[key] for key in order}
     negotiation_table.write_csv(workdir / "negotiations.csv", records)
     page = workdir / "negotiations.md"
     page.write_text(negotiation_table.markdown(lines(ROWS), records, PARTNERS), encoding="utf-8")

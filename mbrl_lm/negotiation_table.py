@@ -19,6 +19,7 @@ FIGURES = (
     "plan_tokens_a_turn", "plan_seconds_a_turn", "dialogues", "wall_s",
 )  # fmt: skip
 LIKELIHOOD, PARTNER, IMAGINED, OTHERS = "likelihood", "p1", "self", ("p2", "hard", "agreeable")
+EVERYBODY = "all"  # who planning is judged with, too: what it gains on the mean over the partners, scenario by scenario
 
 Key = tuple[str, str, int]  # row, partner, seed
 Record = dict[str, float | str | None]
@@ -64,6 +65,7 @@ def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequenc
         for path in sorted((workdir / "match" / line.name).glob("seed_*")):
             seed, done = int(path.name.removeprefix("seed_")), _read(path / "results.json")
             trained = _read(workdir / line.trained / path.name / "results.json")
+            gains = []
             for partner in partners:
                 match = _read(path / f"{partner}.json")
                 if not match:
@@ -72,17 +74,22 @@ def read_matches(workdir: pathlib.Path, lines: Sequence[Line], partners: Sequenc
                 record: Record = {name: found.get(name) for name in FIGURES}
                 record |= {"word_ppl": done.get("word_ppl/val"), "split_accuracy": done.get("split_accuracy/val/whole")}
                 record |= {"dialogues": len(match["score_a"]), "wall_s": trained.get("wall_s")}
+                record |= {"commit": ablation_runs.short(match["commit"])}
                 plain = _read(workdir / "match" / line.plain / path.name / f"{partner}.json") if line.plain else {}
                 if plain:
-                    record |= gain(match["score_a"], plain["score_a"])
-                records[line.name, partner, seed] = record | {"commit": ablation_runs.short(match["commit"])}
+                    gains.append([x - y for x, y in zip(match["score_a"], plain["score_a"], strict=False)])
+                    record |= gain(gains[-1])
+                records[line.name, partner, seed] = record
+            if len(gains) == len(partners):
+                mean = [math.fsum(same) / len(same) for same in zip(*gains, strict=True)]
+                everybody = gain(mean) | {"dialogues": sum(map(len, gains)), "commit": record["commit"]}
+                records[line.name, EVERYBODY, seed] = dict.fromkeys(FIGURES) | everybody
     return records
 
 
-def gain(planned: Sequence[float], plain: Sequence[float]) -> dict[str, float | None]:
-    """What planning adds to the points in the same scenarios, and its 95 % interval over them."""
-    both = [x - y for x, y in zip(planned, plain, strict=False)]
-    mean = interval(both)
+def gain(more: Sequence[float]) -> Record:
+    """What planning adds to the points, scenario by scenario -> the mean, and its 95 % interval over them."""
+    mean = interval(more)
     return {"plan_gain": mean.mean, "plan_gain_low": mean.low, "plan_gain_high": mean.high}
 
 
@@ -158,8 +165,8 @@ def markdown(lines: Sequence[Line], records: Records, partners: Mapping[str, str
     if planned:
         page += "\n## What planning gains, in the same scenarios\n\n"
         page += _table(
-            ["row", *partners, "tokens a turn", "seconds a turn"],
-            [_gain_line(line, records, list(partners)) for line in planned],
+            ["row", *partners, EVERYBODY, "tokens a turn", "seconds a turn"],
+            [_gain_line(line, records, [*partners, EVERYBODY]) for line in planned],
         )
     return page + "\n## What was to be shown\n\n" + "".join(f"- {told}\n" for told in aims(lines, records))
 
@@ -258,10 +265,12 @@ def aims(lines: Sequence[Line], records: Records) -> list[str]:
         more = drift(records, row)
         if more is not None:
             judge(f"{row}: perplexity rises by {more:.1f} % (less than 7 %)", more < 7)
-    for line in lines:
-        mean = planning_gain(records, line.name, PARTNER) if line.plain else None
-        if mean is not None:
-            judge(f"{line.name}: planning adds {_gain(mean)} points with p1 (an interval above 0)", (mean.low or 0.0) > 0)
+    for line in (line for line in lines if line.plain):
+        for partner, name in ((PARTNER, PARTNER), (EVERYBODY, "all partners")):
+            mean = planning_gain(records, line.name, partner)
+            if mean is not None:
+                says = f"{line.name}: planning adds {_gain(mean)} points with {name} (an interval above 0)"
+                judge(says, (mean.low or 0.0) > 0)
     return told
 
 

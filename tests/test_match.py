@@ -84,8 +84,11 @@ def matches(tmp_path):
     put(tmp_path, "ours", 0, [9, 9, 8, 8], ppl=5.25)
     put(tmp_path, "ours", 0, [6, 6, 7, 7], partner="p2", ppl=5.25)
     put(tmp_path, "ours", 0, [9, 9, 9, 9], partner="self", ppl=5.25)
-    put(tmp_path, "ours_guards", 0, [9, 9, 8, 8], ppl=5.25)
+    put(tmp_path, "ours_guards", 0, [9, 9, 8, 8, 1], ppl=5.25)
     put(tmp_path, "ours_planning", 0, [9.5, 9.5, 9.5, 9], ppl=5.25)
+    for partner in list(negotiate.PARTNERS)[1:]:
+        put(tmp_path, "ours_guards", 0, [8, 7, 6, 5, 1], partner=partner, ppl=5.25)
+        put(tmp_path, "ours_planning", 0, [8, 7, 6, 7], partner=partner, ppl=5.25)
     return tmp_path
 
 
@@ -94,6 +97,10 @@ def test_what_planning_gains_is_paired_by_scenario(matches):
     record = records["rollouts", "p1", 0]
     assert record["plan_gain"] == 1 and record["dialogues"] == 2 and record["plan_tokens_a_turn"] == 1500
     assert record["plan_gain_low"] == pytest.approx(1 - 12.706, abs=1e-3)
+    everybody = records["ours_planning", "all", 0]  # .1, .1, .3 and 1.8 on the mean over five partners
+    assert everybody["plan_gain"] == pytest.approx(0.575) and everybody["dialogues"] == 20 and everybody["score_a"] is None
+    assert everybody["plan_gain_low"] == pytest.approx(0.575 - 3.18245 * 0.82209 / 2, abs=1e-3)
+    assert ("rollouts", "all", 0) not in records and ("ours_guards", "all", 0) not in records
     assert records["likelihood", "p1", 1]["commit"] == "abcdefg" and records["likelihood", "p1", 1]["plan_gain"] is None
 
 
@@ -104,7 +111,7 @@ def test_the_page_and_its_csv_say_the_same(matches, capsys):
     (line,) = [line for line in page.splitlines() if line.startswith("| likelihood | 5.5 ± 0.5 v")]
     assert "5.4 v 5.5" in line and "| 5.10 ± 0.10 |" in line
     assert "| ours | 8.5 ± 0.2 | 6.5 ± 0.2 | - | - | 9.0 ± 0.2 | +2.5 |" in page
-    assert "| rollouts | +1.00 [-11.71, +13.71] | - | - | - | - | 1500 | 0.50 |" in page
+    assert "| rollouts | +1.00 [-11.71, +13.71] | - | - | - | - | - | 1500 | 0.50 |" in page
     assert "LIKELIHOOD: perplexity at most 5.40: 5.10: reached" in page
     assert "LIKELIHOOD: at least 85 % agreed with itself: 90.00: reached" in page
     assert "ours: at least 8.3 points against p1: 8.50: reached" in page
@@ -113,6 +120,7 @@ def test_the_page_and_its_csv_say_the_same(matches, capsys):
     assert "ours: perplexity rises by 5.0 % (less than 7 %): reached" in page  # over the seeds that it has itself
     assert "rollouts: planning adds +1.00 [-11.71, +13.71] points with p1 (an interval above 0): not reached" in page
     assert "ours_planning: planning adds +0.88 [+0.11, +1.64] points with p1 (an interval above 0): reached" in page
+    assert "planning adds +0.57 [-0.73, +1.88] points with all partners (an interval above 0): not reached" in page
 
 
 def test_a_table_is_extended_by_a_csv(matches, tmp_path_factory):
