@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"mbrl_lm_tests_{os.getuid()}"
-# What compiles three times faster than the defaults do; the programs of tests are too small to run slower.
+# What compiles three times faster than the defaults do; most programs of tests compute too little to lose that by it.
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones emit code in one way only, and refuse the flag
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
