@@ -19,7 +19,8 @@ def make_optimizer(cfg: config.Train) -> optax.GradientTransformation:
     the root mean square of Adam's (Liu et al. 2025), so that one rate serves both. Value heads may have a higher one: what
     they are to follow moves with the policy, and neither optimiser minds how heavy their loss is.
     """
-    rate = optax.cosine_decay_schedule(cfg.rl_learning_rate, max(cfg.rl_steps * cfg.rl_epochs, 1), alpha=0.1)
+    # At least 2: XLA leaves out a division by 1, and the likelihood phase of a run without RL would be rounded otherwise.
+    rate = optax.cosine_decay_schedule(cfg.rl_learning_rate, max(cfg.rl_steps * cfg.rl_epochs, 2), alpha=0.1)
     if cfg.supervised_steps:
         warm = min(cfg.warmup, cfg.supervised_steps - 1)
         supervised = optax.warmup_cosine_decay_schedule(
