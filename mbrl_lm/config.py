@@ -108,7 +108,6 @@ class Train:
     averaged: bool = False  # these end with the average of the latest parameters, the slow ones, instead of the last
     undropped: float = 0.0  # the last part of supervised_steps goes without dropout, at its low rates
     renamed: float = 0.0  # the first part of supervised_steps sees dialogues with what the task does not tell apart renamed
-    supposed: float = 0.0  # in supervised_steps, of negotiations so many show other values; their outcomes alone are learnt
     rl_steps: int = 200
     rl_epochs: int = 1  # optimiser steps on the dialogues of one of them
     batch: int = 32  # real dialogues of an update, of full width

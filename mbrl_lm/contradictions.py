@@ -42,8 +42,6 @@ def check(cfg: Config) -> None:
             train.renamed and not (online or negotiation),
             f"train.renamed needs names to change, and {cfg.data} has none: set it to 0",
         ),
-        (not 0 <= train.supposed <= 1, "train.supposed is a part of the dialogues, between 0 and 1"),
-        (train.supposed and not negotiation, "train.supposed changes the values of deal_or_no_deal: set it to 0"),
         (cfg.turn_tokens < 2, "turn_tokens must be at least 2: a word and the hand-over"),
         (rl and imagine.batch and not imagine.reward, "imagined dialogues need imagine.reward; or set imagine.batch=0"),
         (

@@ -244,7 +244,7 @@ def fit_partner(cfg: config.Config, net: nn.Net, corpus: Corpus, mesh, directory
 
     A function of the config: fitted again after an interruption, it is the same to the bit.
     """
-    train = dataclasses.replace(cfg.train, supervised_steps=cfg.partner.steps, supposed=0.0)  # rules read for it
+    train = dataclasses.replace(cfg.train, supervised_steps=cfg.partner.steps)
     own = dataclasses.replace(cfg, model=cfg.partner.model, train=train)
     optimizer = make_optimizer(train)
     key = jax.random.fold_in(jax.random.key(cfg.seed), np.uint32(2**31))

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mbrl_lm import config, goals, guards, policy, valuation, value, world_model
+from mbrl_lm import config, goals, guards, policy, value, world_model
 from mbrl_lm import protocol as pr
 from mbrl_lm.advantage import advantages
 from mbrl_lm.micro_batches import mapped, merge_rows, split_rows
@@ -64,29 +64,25 @@ def masks(
     planned_BU: Array | None = None,
     own_B: Array | None = None,
     told_B: Array | None = None,
-    supposed_B: Array | None = None,
 ) -> dict[str, Array]:
     """Which elements each component is made of.
 
     `planned_BU`: turns that a planner chose, which the policy is to imitate. `own_B`: real dialogues as their users see
     them; the user's words alone are learnt from these. `told_B`: those in which it was inferred what their users want.
-    `supposed_B`: those that show values nobody had; the outcome alone is learnt from these.
     """
     imagined_B1 = imagined_B[:, None]
-    own_B1, told_B1, supposed_B1 = (
-        jnp.zeros_like(imagined_B1) if x is None else x[:, None] for x in (own_B, told_B, supposed_B)
-    )
-    user_BT = world_model.user_tokens(dialogue) & ~imagined_B1 & ~supposed_B1
+    own_B1, told_B1 = (jnp.zeros_like(imagined_B1) if x is None else x[:, None] for x in (own_B, told_B))
+    user_BT = world_model.user_tokens(dialogue) & ~imagined_B1
     if user_tokens != "all":
         closing_BT = world_model.closing_tokens(protocol, dialogue)
         user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
-    real_B1 = ~imagined_B1 & ~own_B1
-    real_turn_BU = turns.mask_BU & real_B1 & ~supposed_B1
+    real_BT = ~imagined_B1 & ~own_B1
+    real_turn_BU = turns.mask_BU & real_BT
     learnt = {
         "user": user_BT,
         "user_heads": user_BT & ~own_B1,
-        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & real_B1,
-        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & real_B1 & ~supposed_B1,
+        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & real_BT,
+        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & real_BT,
         "value_real": real_turn_BU if rl else real_turn_BU & dialogue.ended_B[:, None],
         "reward": real_turn_BU,
         "end": real_turn_BU,
@@ -197,9 +193,6 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
 
     def targets(state: TrainState, real: Dialogue, imagined: Dialogue | None, key: Array):
         own, belief_BTZ = None, None
-        real_supposed_B = jnp.zeros(real.token_BT.shape[0], bool)
-        if cfg.train.supposed and not rl:
-            real, real_supposed_B = valuation.supposed(real, jax.random.fold_in(key, 2), cfg.train.supposed)
         if cfg.world_model.goals and not (rl and (cfg.world_model.shuffled or not cfg.loss.user)):
             own, belief_BTZ = owners_views(state, real, jax.random.fold_in(key, 1))
         kinds = [rows for rows in (real, own, imagined) if rows is not None]
@@ -265,8 +258,7 @@ def make_targets(net: Net, protocol: pr.Protocol, cfg: config.Config, parts_of: 
             told_R = jnp.arange(0, real_rows, real_rows // belief_BTZ.shape[0])
             belief_BUZ = belief_BUZ.at[told_R].set(gather(belief_BTZ, turns.open_BU[told_R]))
             told_B = told_B.at[told_R].set(True)
-        supposed_B = jnp.zeros_like(own_B).at[:real_rows].set(real_supposed_B)
-        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B, told_B, supposed_B)
+        learnt = masks(protocol, rows, turns, imagined_B, rl, cfg.world_model.tokens, planned_BU, own_B, told_B)
         if rl and cfg.control == "user_gradient":  # a negative control: rule 2 broken on purpose
             advantage_BT += spread(protocol, rows, advantage_BU, pr.USER)
             learnt["policy_imagined"] |= spread(protocol, rows, turns.mask_BU, pr.USER) & imagined_B1

@@ -38,36 +38,17 @@ def table() -> np.ndarray:
     return rows
 
 
-def anybodys(dialogue: Dialogue) -> tuple[Array, Array]:
-    """What anybody may value of the items there are, i32 (B, Z, 3), and bool (B, Z), which of these there are."""
-    value_BZI = jnp.asarray(table())[tuple(jnp.clip(deal.counts(dialogue), 0, pr.LARGEST_NUMBER).T)]
-    return value_BZI, jnp.all(value_BZI >= 0, axis=-1)
-
-
 def valuations(dialogue: Dialogue) -> tuple[Array, Array]:
     """What the other side may value, i32 (B, Z, 3), and bool (B, Z), which of these: no item is worth nothing to both.
 
     Where there is none, of counts that do not occur, everything is worth 1.
     """
-    value_BZI, there_BZ = anybodys(dialogue)
+    count_BI = jnp.clip(deal.counts(dialogue), 0, pr.LARGEST_NUMBER)
+    value_BZI = jnp.asarray(table())[tuple(count_BI.T)]
+    there_BZ = jnp.all(value_BZI >= 0, axis=-1)
     there_BZ &= ~jnp.any((value_BZI == 0) & (deal.values(dialogue)[:, None] == 0), axis=-1)
     none_B1 = ~jnp.any(there_BZ, axis=1, keepdims=True)
     return jnp.where(none_B1[..., None], 1, value_BZI), there_BZ.at[:, :1].set(there_BZ[:, :1] | none_B1)
-
-
-def supposed(dialogue: Dialogue, key: Array, part: float) -> tuple[Dialogue, Array]:
-    """About `part` of the dialogues with other values in the place of the own ones, and bool (B,), which of them.
-
-    Values are drawn from all that there may be. What was said and how it ended stays: nobody who has these values said it,
-    but a reader of the outcome must not mind who reads.
-    """
-    value_BZI, there_BZ = anybodys(dialogue)
-    part_key, value_key = jax.random.split(key)
-    z_B = jax.random.categorical(value_key, jnp.where(there_BZ, 0.0, -jnp.inf))
-    value_BI = jnp.take_along_axis(value_BZI, z_B[:, None, None], axis=1)[:, 0]
-    chosen_B = jax.random.bernoulli(part_key, part, z_B.shape) & jnp.any(there_BZ, axis=1)
-    shown_BI = jnp.where(chosen_B[:, None], pr.NUMBER + value_BI, dialogue.token_BT[:, 2:7:2])
-    return dialogue.replace(token_BT=jnp.asarray(dialogue.token_BT).at[:, 2:7:2].set(shown_BI)), chosen_B
 
 
 def own_view(protocol: pr.Protocol, dialogue: Dialogue, value_BI: Array) -> Dialogue:

@@ -56,8 +56,6 @@ CONTRADICTIONS = [
     ("concierge", {"loss.distil": 1.0, "plan": "mpc", "imagine.user": "oracle"}, "to another than oracle"),
     ("concierge", {"imagine.user_temperature": 0.0}, "a temperature must be above 0"),
     ("chat_jsonl", {"train.renamed": 0.5}, "train.renamed needs"),
-    ("concierge", {"train.supposed": 0.25}, "train.supposed changes"),
-    ("deal_or_no_deal", {"train.supposed": -0.1}, "train.supposed is a part"),
     ("deal_or_no_deal", {"data_dir": ""}, "give --config.data_dir"),
     ("deal_or_no_deal", {"noise": 0.1}, "data=concierge only"),
     ("deal_or_no_deal", {"signal": "rating"}, "data=concierge only"),

@@ -62,7 +62,7 @@ def rows(text=THREE, reward=(0.0, 0.25, 0.5), copies=1):
     return dialogue(CHAT, [text] * copies, T=16, U=3, reward=[list(reward)] * copies)
 
 
-def built(net, imagined=None, real=None, rl=True, moments=(0.0, 0.04), key=KEY, anchors=None, protocol=CHAT, **values):
+def built(net, imagined=None, real=None, rl=True, moments=(0.0, 0.04), key=KEY, anchors=None, **values):
     """The targets of a real and an imagined dialogue, the same text by default: batch, state, metrics."""
     values = {"returns__lambda_": 1.0, "returns__discount": G, "returns__scale_decay": 1.0, "turns": 3} | values
     cfg, real = config_of(**values), rows() if real is None else real
@@ -71,11 +71,9 @@ def built(net, imagined=None, real=None, rl=True, moments=(0.0, 0.04), key=KEY, 
     if anchors is not None:
         state = state.replace(anchor_XW=jnp.array(anchors, jnp.float32))
     imagined = written(rows()) if imagined is None else imagined
-    return targets.make_targets(net, protocol, cfg, lambda rows: 1, rl)(state, real, imagined if rl else None, key)
+    return targets.make_targets(net, CHAT, cfg, lambda rows: 1, rl)(state, real, imagined if rl else None, key)
 
 
-SPLIT = {"imagine__reward": "split"}
-ALL_REAL = ("user", "assistant", "outcome", "value_real", "reward", "end")
 KNOWS = {"values": ({OPENS: 2.0},), "rewards": {OPENS: 0.25, STOPS: 1.0}}
 REAL = [G * (0.25 + G * 0.5), 0.25 + G * 0.5, 0.5]  # of its rewards 0, 1/4 and 1/2
 WHOLE = [0.25 + G * (0.25 + G * 1.0), 0.25 + G * 1.0, 1.0]
@@ -111,19 +109,6 @@ def test_what_followed_in_real_dialogues_counts_as_far_as_the_policy_would_have_
     np.testing.assert_allclose(batch.return_BU, [towards, WHOLE], rtol=1e-5)
     same, _, _ = built(net, real=sure.replace(logp_BT=behaviour), returns__vtrace=True)
     np.testing.assert_allclose(same.return_BU, [REAL, WHOLE], rtol=1e-5)
-
-
-@pytest.mark.parametrize("rl", [False, True])
-def test_of_dialogues_with_supposed_values_outcomes_alone_are_learnt(rl):
-    protocol = pr.make_protocol("negotiation", V, turn_tokens=4)
-    said = dialogue(protocol, ["bos 1 4 4 1 1 2 >a a b >u c >o 1 0 1 stop"] * 8, T=20, U=3)
-    batches = [built(told_net(), said, said, rl, protocol=protocol, train__supposed=x, **SPLIT)[0] for x in (0.5, 0.0)]
-    kinds = [{name: np.asarray(x.masks[name])[:8].any(axis=1) for name in ALL_REAL} for x in batches]
-    assert all(any_B.all() for any_B in kinds[1].values())
-    shown_B = np.any(np.asarray(batches[0].dialogue.token_BT[:8, :7] != said.token_BT[:, :7]), axis=1)
-    assert rl != (0 < shown_B.sum() < 8), "in the likelihood phase only"
-    for name, any_B in kinds[0].items():
-        assert np.array_equal(any_B, any_B | True if name == "outcome" else ~shown_B), name
 
 
 # ---- guards ----

@@ -44,21 +44,6 @@ def test_what_is_possible_is_worth_ten_points_and_nothing_is_worth_nothing_to_bo
     assert np.all(np.asarray(valuation.OUTCOMES) >= [outcome.number_of(np.array([c])) for c in valuation.COUNTS])
 
 
-def test_supposed_values_are_any_that_are_possible_and_nothing_else_changes():
-    rows = ["bos 1 4 4 1 1 2 >a a b >u c >o 1 0 1 stop", "bos 5 1 5 1 5 1 >u a >a b"] * 60
-    own = dialogue(pr.make_protocol("negotiation", 27), rows)
-    other, chosen_B = valuation.supposed(own, KEY, 0.5)
-    assert not chosen_B[1::2].any(), "there are no values for fifteen items"
-    assert 20 < chosen_B.sum() < 40 and np.array_equal(deal.counts(other), deal.counts(own))
-    value_BI = np.asarray(deal.values(other))[chosen_B]
-    assert np.all(value_BI @ [1, 4, 1] == 10) and len(np.unique(value_BI, axis=0)) > 8
-    assert np.any(value_BI[:, 0] == 0), "others than those that the other side may have"
-    changed_B = np.any(np.asarray(other.token_BT != own.token_BT), axis=1)
-    assert not np.any(changed_B & ~np.asarray(chosen_B))
-    restored_BT = other.token_BT.at[:, 2:7:2].set(own.token_BT[:, 2:7:2])
-    jax.tree.map(np.testing.assert_array_equal, other.replace(token_BT=restored_BT), own)
-
-
 def test_the_other_side_sees_its_own_values_and_no_outcome_of_ours():
     protocol = pr.make_protocol("negotiation", 27)
     ours = dialogue(protocol, ["bos 1 4 4 1 1 2 >a a b >u c >o 1 0 1 stop", "bos 1 4 4 1 1 2 >u a >a b"])
