@@ -76,13 +76,13 @@ def masks(
     if user_tokens != "all":
         closing_BT = world_model.closing_tokens(protocol, dialogue)
         user_BT &= closing_BT if user_tokens == "closing" else ~closing_BT
-    real_BT = ~imagined_B1 & ~own_B1
-    real_turn_BU = turns.mask_BU & real_BT
+    real_B1 = ~imagined_B1 & ~own_B1
+    real_turn_BU = turns.mask_BU & real_B1
     learnt = {
         "user": user_BT,
         "user_heads": user_BT & ~own_B1,
-        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & real_BT,
-        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & real_BT,
+        "outcome": world_model.real_tokens(dialogue, pr.OUTCOME) & real_B1,
+        "assistant": world_model.real_tokens(dialogue, pr.ASSISTANT) & real_B1,
         "value_real": real_turn_BU if rl else real_turn_BU & dialogue.ended_B[:, None],
         "reward": real_turn_BU,
         "end": real_turn_BU,
