@@ -10,7 +10,7 @@ RUN is the directory of a run of experiments.dream; how its policy talks and pla
                too few to read outcomes by, which rules do for it
     hard       a script that demands much and gives in slowly
     agreeable  a script that says little and takes what it gets
-    self       the policy's own parameters in the other seat: the partner that it imagines
+    self       the policy's own parameters in the other seat
 
 Each partner's figures are kept in M as soon as they are there; the same command goes on with the others.
 """

@@ -111,7 +111,8 @@ ROWS = (
 def lines(rows: Sequence[Row]) -> list[Line]:
     """The rows as lines of the table."""
     plain = {row.run: row.name for row in ROWS if not row.plan}
-    return [Line(row.name, row.shows, row.run, plain[row.run] if row.plan else "") for row in rows]
+    imagined = {run: "p1" if fields.get("imagine.user") == "frozen" else "self" for run, fields in RUNS.items()}
+    return [Line(row.name, row.shows, row.run, plain[row.run] if row.plan else "", imagined[row.run]) for row in rows]
 
 
 def select(which: str) -> list[Row]:

@@ -84,7 +84,7 @@ def matches(tmp_path):
     put(tmp_path, "ours", 0, [9, 9, 8, 8], ppl=5.25)
     put(tmp_path, "ours", 0, [6, 6, 7, 7], partner="p2", ppl=5.25)
     put(tmp_path, "ours", 0, [9, 9, 9, 9], partner="self", ppl=5.25)
-    put(tmp_path, "ours_guards", 0, [9, 9, 8, 8, 1], ppl=5.25)
+    put(tmp_path, "ours_guards", 0, [9, 9, 8, 8, 1], ppl=5.25, score_b=4.5)
     put(tmp_path, "ours_planning", 0, [9.5, 9.5, 9.5, 9], ppl=5.25)
     for partner in list(negotiate.PARTNERS)[1:]:
         put(tmp_path, "ours_guards", 0, [8, 7, 6, 5, 1], partner=partner, ppl=5.25)
@@ -110,12 +110,16 @@ def test_the_page_and_its_csv_say_the_same(matches, capsys):
     assert capsys.readouterr().out == page
     (line,) = [line for line in page.splitlines() if line.startswith("| likelihood | 5.5 ± 0.5 v")]
     assert "5.4 v 5.5" in line and "| 5.10 ± 0.10 |" in line
-    assert "| ours | 8.5 ± 0.2 | 6.5 ± 0.2 | - | - | 9.0 ± 0.2 | +2.5 |" in page
+    assert "| ours | 8.5 ± 0.2 | 6.5 ± 0.2 | - | - | 9.0 ± 0.2 | +2.0 (p1) |" in page  # it has learnt with p1
+    assert "| ours_guards | 7.0 ± 0.2 | 5.4 ± 0.2 | 5.4 ± 0.2 | 5.4 ± 0.2 | 5.4 ± 0.2 | +0.0 (self) |" in page
     assert "| rollouts | +1.00 [-11.71, +13.71] | - | - | - | - | - | 1500 | 0.50 |" in page
     assert "LIKELIHOOD: perplexity at most 5.40: 5.10: reached" in page
     assert "LIKELIHOOD: at least 85 % agreed with itself: 90.00: reached" in page
     assert "ours: at least 8.3 points against p1: 8.50: reached" in page
     assert "ours: at least 94.4 % agreed (target 97): 90.00: not reached" in page
+    assert "ours: the partner has more than 4.2 (target 5): 5.00: reached" in page
+    assert "ours_guards: the partner has more than 4.2 (target 5): 4.50: reached, the target not" in page
+    assert "LIKELIHOOD: 5 to 6 points for the other side: 5.00: reached" in page
     assert "ours: from p1 to p2 its score falls by 2.00 (less than 1.85): not reached" in page
     assert "ours: perplexity rises by 5.0 % (less than 7 %): reached" in page  # over the seeds that it has itself
     assert "rollouts: planning adds +1.00 [-11.71, +13.71] points with p1 (an interval above 0): not reached" in page
