@@ -14,6 +14,7 @@ import numpy as np
 
 from mbrl_lm import app, evaluation_report, judge, trained, yardsticks
 from mbrl_lm.config import Config
+from mbrl_lm.data.batches import rows_at_once
 from mbrl_lm.data.encode import decode
 from mbrl_lm.envs.concierge import TEST_UIDS, habits
 from mbrl_lm.envs.learned_user import LearnedUser
@@ -27,16 +28,17 @@ POLICY_UIDS = TEST_UIDS[100_000:]  # users of the training types, on whom the le
 
 def concierge(cfg: Config, model: trained.Trained) -> dict[str, float]:
     """What can be said only where the true user is exactly known."""
-    corpus, params = model.corpus, model.state.params
-    key, uids = jax.random.key(cfg.seed), POLICY_UIDS[: cfg.eval.user_dialogues]
+    corpus, params, key = model.corpus, model.state.params, jax.random.key(cfg.seed)
+    uids = POLICY_UIDS[: cfg.eval.user_dialogues]
+    rows = rows_at_once(len(uids))
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
     figures = yardsticks.with_true_user(cfg, TEST_UIDS[: cfg.eval.final_dialogues])
     if cfg.imagine.reward:
-        imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows=64)
+        imagination = judge.Imagination(cfg, model.net, corpus.protocol, model.mesh, rows)
         figures |= yardsticks.with_learned_user(cfg, corpus, imagination, user, params, key, uids)
     app.say("the learned user against the exact one")
-    talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows=64)
+    talk = TrueUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh, rows)
     induced, _ = talk.play(params, key, uids, "train", cfg.eval.temperature)
     induced, imagined = decode(induced, corpus.tokenizer), []
     if cfg.imagine.reward:

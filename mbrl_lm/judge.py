@@ -21,7 +21,7 @@ import numpy as np
 from mbrl_lm import config, goals, learner, nn, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import chunks, join, lengths, text_batches
+from mbrl_lm.data.batches import chunks, join, lengths, rows_at_once, text_batches
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
@@ -135,15 +135,18 @@ def temperatures(cfg: config.Config) -> np.ndarray:
     return pr.temperatures(assistant=cfg.eval.temperature, user=cfg.imagine.user_temperature)
 
 
+def judged_at_once(cfg: config.Config) -> int:
+    """How many dialogues a judge computes together: no more than it is ever asked for."""
+    return rows_at_once(max(cfg.eval.dialogues, cfg.eval.final_dialogues))
+
+
 class ConciergeJudge:
     """The embedded environment's true user, all types, those held out of training included."""
 
-    ROWS = 64
-
     def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
-        self._cfg, self._tokenizer = cfg, corpus.tokenizer
-        self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, self.ROWS, imagined_user=imagined_user)
-        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS) if cfg.imagine.reward else None
+        self._cfg, self._tokenizer, rows = cfg, corpus.tokenizer, judged_at_once(cfg)
+        self._user = TrueUser(cfg, net, corpus.protocol, corpus.tokenizer, mesh, rows, imagined_user=imagined_user)
+        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, rows) if cfg.imagine.reward else None
 
     def evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None = None) -> Verdict:
         """Success, return and its components, per user type, with 95 % intervals; the four returns and the gap."""
@@ -178,7 +181,7 @@ class ConciergeJudge:
         worth = np.array([outcome.get("plan_worth", np.nan) for outcome in outcomes])
         known = ~np.isnan(worth)
         cost = {"plan/tokens_a_turn": tokens / max(turns, 1)}
-        cost["plan/seconds_a_turn"] = float(np.median(self._user.seconds)) / self.ROWS
+        cost["plan/seconds_a_turn"] = float(np.median(self._user.seconds)) / self._user.rows
         return cost | interval("plan/overrated", (worth - returns)[known])
 
 
@@ -201,16 +204,14 @@ class PartnerJudge:
     It is still a model, fitted to people, and no person: see the known gaps in BUILD_NOTES.md.
     """
 
-    ROWS = 64
-
     def __init__(self, cfg, net, corpus: Corpus, mesh, workdir: pathlib.Path, imagined_user: Params | None = None):
-        self._cfg = cfg
+        self._cfg, rows = cfg, judged_at_once(cfg)
         opposite = held_out_partner(cfg, corpus, mesh, workdir)
         self._partner, scenarios = opposite.params, negotiation.scenarios(corpus.val_records)
         self._table = Table(
-            cfg, corpus.protocol, net, opposite.partner, mesh, scenarios, self.ROWS, imagined_user, opposite.listener
+            cfg, corpus.protocol, net, opposite.partner, mesh, scenarios, rows, imagined_user, opposite.listener
         )
-        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, self.ROWS)
+        self._imagination = Imagination(cfg, net, corpus.protocol, mesh, rows)
 
     def evaluate(self, params: Params, key: Array, dialogues: int, user: Params | None = None) -> Verdict:
         """Both sides' points, agreement and Pareto efficiency over held-out scenarios; the gap, in points."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbrl_lm import config, protocol
-from mbrl_lm.data.batches import batches, chunks, take, text_batches
+from mbrl_lm.data.batches import batches, chunks, rows_at_once, take, text_batches
 from mbrl_lm.data.records import DataError
 from mbrl_lm.replay import empty_dialogues
 
@@ -75,6 +75,10 @@ def test_renamed_dialogues_come_first():
     both_at, plain_at = text_batches(cfg, 3, TEN, renamed), text_batches(cfg, 3, TEN, None)
     assert all(min(uid) >= 100 for uid in uids(both_at, range(3)))
     assert uids(both_at, range(3, 10)) == uids(plain_at, range(3, 10))
+
+
+def test_few_dialogues_are_computed_in_eights():
+    assert [rows_at_once(n) for n in (0, 1, 8, 9, 57, 64, 400)] == [8, 8, 8, 16, 64, 64, 64]
 
 
 def test_chunks_fill_the_last_one_up_and_say_so():

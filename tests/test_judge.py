@@ -123,7 +123,7 @@ def partner_judge(monkeypatch, partner, listener=None):
     monkeypatch.setattr(judge, "fit_partner", lambda *args, **kwargs: partner)
     monkeypatch.setattr(judge, "Listener", lambda *args: listener)
     monkeypatch.setattr(judge.nn, "make_net", lambda *args: table_net())
-    monkeypatch.setattr(PartnerJudge, "ROWS", 4)
+    monkeypatch.setattr(judge, "judged_at_once", lambda cfg: 4)
     record = Record((Turn("user", "a"),), numbers=SCENARIO[0], partner_numbers=SCENARIO[1], outcome=())
     corpus = Corpus(None, NEGOTIATION, None, None, None, None, None, [], [record, record])
     cfg = config_of(data="deal_or_no_deal", imagine__reward="split", eval__temperature=0.5)
@@ -200,7 +200,7 @@ def test_the_concierges_figures(monkeypatch):
     protocol = pr.make_protocol("chat", pieces.vocab_size, pieces.unknown, 6)
     goodbye = pieces.encode("goodbye")[0]
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: goodbye, goodbye: pr.TO_USER, pr.TO_USER: pr.STOP})
-    monkeypatch.setattr(ConciergeJudge, "ROWS", 4)
+    monkeypatch.setattr(judge, "judged_at_once", lambda cfg: 4)
     sizes = {"seed": 1, "tokens": 88, "turns": 3, "turn_tokens": 6, "eval.temperature": 0.1}
     cfg = config.override(presets.preset("concierge", "tiny"), sizes)
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [], [])
@@ -224,7 +224,7 @@ def test_a_policy_whose_turns_never_fit_is_judged_all_the_same(monkeypatch):
     protocol = pr.make_protocol("chat", pieces.vocab_size, pieces.unknown, 40)
     hello = pieces.encode("hello")[0]
     params = follows(pieces.vocab_size, {pr.TO_ASSISTANT: hello, hello: hello})
-    monkeypatch.setattr(ConciergeJudge, "ROWS", 2)
+    monkeypatch.setattr(judge, "judged_at_once", lambda cfg: 2)
     cfg = config.override(presets.preset("concierge", "tiny"), {"tokens": 88, "turns": 3, "turn_tokens": 40})
     corpus = Corpus(pieces, protocol, None, None, None, None, None, [], [])
     figures, real = ConciergeJudge(cfg, table_net(cfg.model.bins), corpus, one_device(), None).evaluate(params, KEY, 2)

@@ -50,6 +50,11 @@ def join(parts: Sequence[Dialogue]) -> Dialogue:
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+def rows_at_once(dialogues: int) -> int:
+    """How many of so many dialogues are computed together: 64, or all of them, in eights, where there are fewer."""
+    return min(64, 8 * math.ceil(max(dialogues, 1) / 8))
+
+
 def chunks(dialogues: Dialogue, rows: int) -> Iterator[tuple[Dialogue, np.ndarray]]:
     """Chunks of exactly `rows` dialogues with a mask (rows,) of the true ones; the last chunk is filled up."""
     total = len(dialogues.uid_B)

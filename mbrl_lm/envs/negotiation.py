@@ -140,7 +140,7 @@ class Table:
         partner: Net | Haggler,
         mesh,
         scenarios: Sequence[Scenario],
-        rows: int = 64,
+        rows: int,
         imagined_user: Params | None = None,
         listener: Listener | None = None,
     ):
