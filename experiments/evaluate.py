@@ -14,7 +14,7 @@ import numpy as np
 
 from mbrl_lm import app, evaluation_report, judge, trained, yardsticks
 from mbrl_lm.config import Config
-from mbrl_lm.data.batches import rows_at_once
+from mbrl_lm.data.batches import rows_for
 from mbrl_lm.data.encode import decode
 from mbrl_lm.envs.concierge import TEST_UIDS, habits
 from mbrl_lm.envs.learned_user import LearnedUser
@@ -30,7 +30,7 @@ def concierge(cfg: Config, model: trained.Trained) -> dict[str, float]:
     """What can be said only where the true user is exactly known."""
     corpus, params, key = model.corpus, model.state.params, jax.random.key(cfg.seed)
     uids = POLICY_UIDS[: cfg.eval.user_dialogues]
-    rows = rows_at_once(len(uids))
+    rows = rows_for(len(uids))
     user = LearnedUser(cfg, model.net, corpus.protocol, corpus.tokenizer, model.mesh)
     app.say("scripted assistants, with the true and the learned user")
     figures = yardsticks.with_true_user(cfg, TEST_UIDS[: cfg.eval.final_dialogues])

@@ -24,7 +24,7 @@ import numpy as np
 
 from mbrl_lm import app, command_line, judge, metrics, trained
 from mbrl_lm.config import Config, ConfigError
-from mbrl_lm.data.batches import rows_at_once
+from mbrl_lm.data.batches import rows_for
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.envs import haggler, negotiation
@@ -86,7 +86,7 @@ def play(cfg: Config, model: trained.Trained, opposite: judge.Opposite, known: s
     """The figures of a policy with one partner, dialogues to read, and its points in each, in the scenarios' order."""
     corpus, scenarios = model.corpus, negotiation.scenarios(model.corpus.val_records)
     table = negotiation.Table(
-        cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios, rows_at_once(cfg.eval.final_dialogues),
+        cfg, corpus.protocol, model.net, opposite.partner, model.mesh, scenarios, rows_for(cfg.eval.final_dialogues),
         imagined_user=model.planned_user(cfg), listener=opposite.listener,
     )  # fmt: skip
     results, dialogues = table.play(

@@ -21,7 +21,7 @@ import numpy as np
 from mbrl_lm import config, goals, learner, nn, value
 from mbrl_lm import protocol as pr
 from mbrl_lm.checkpoint import Checkpoints
-from mbrl_lm.data.batches import chunks, join, lengths, rows_at_once, text_batches
+from mbrl_lm.data.batches import chunks, join, lengths, rows_for, text_batches
 from mbrl_lm.data.corpus import Corpus
 from mbrl_lm.data.encode import decode
 from mbrl_lm.data.records import Record
@@ -137,7 +137,7 @@ def temperatures(cfg: config.Config) -> np.ndarray:
 
 def judged_at_once(cfg: config.Config) -> int:
     """How many dialogues a judge computes together: no more than it is ever asked for."""
-    return rows_at_once(max(cfg.eval.dialogues, cfg.eval.final_dialogues))
+    return rows_for(max(cfg.eval.dialogues, cfg.eval.final_dialogues))
 
 
 class ConciergeJudge:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbrl_lm import config, protocol
-from mbrl_lm.data.batches import batches, chunks, rows_at_once, take, text_batches
+from mbrl_lm.data.batches import batches, chunks, rows_for, take, text_batches
 from mbrl_lm.data.records import DataError
 from mbrl_lm.replay import empty_dialogues
 
@@ -78,7 +78,7 @@ def test_renamed_dialogues_come_first():
 
 
 def test_few_dialogues_are_computed_in_eights():
-    assert [rows_at_once(n) for n in (0, 1, 8, 9, 57, 64, 400)] == [8, 8, 8, 16, 64, 64, 64]
+    assert [rows_for(n) for n in (0, 1, 8, 9, 57, 64, 400)] == [8, 8, 8, 16, 64, 64, 64]
 
 
 def test_chunks_fill_the_last_one_up_and_say_so():

@@ -9,7 +9,7 @@ from fakes import write_deals
 
 from mbrl_lm import config, presets, tokenizer
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.builders.deal_or_no_deal import DealOrNoDeal, renamings, scenario_key
+from mbrl_lm.data.builders.deal_or_no_deal import NAMES, OTHER_NAMES, DealOrNoDeal, renamings, scenario_key
 from mbrl_lm.data.corpus import item_names, load_corpus, rename, write_logs
 from mbrl_lm.data.encode import encode
 from mbrl_lm.data.records import DataError
@@ -82,7 +82,9 @@ def test_tokens_are_renamed_as_words_are(deals):
     pieces = pieces_of(said, "i want you can have")
     record = DealOrNoDeal.read(deals)["train"][0]
     record = dataclasses.replace(record, turns=(dataclasses.replace(record.turns[0], text=said), *record.turns[1:]))
-    protocol = pr.make_protocol("negotiation", pieces.vocab_size, pieces.unknown, names=item_names(pieces))
+    protocol = pr.make_protocol(
+        "negotiation", pieces.vocab_size, pieces.unknown, names=item_names(pieces, NAMES, OTHER_NAMES)
+    )
     (own,) = encode([record], pieces, protocol, 64, 8).token_BT
     others = [encode([other], pieces, protocol, 64, 8).token_BT[0] for other in renamings(record)]
     assert len(others) == len(protocol.naming_XV) == 6
@@ -93,10 +95,20 @@ def test_tokens_are_renamed_as_words_are(deals):
         assert other[1:7:2].tolist() == own[1:7:2][order_I].tolist()
 
 
+def test_the_kinds_of_item_have_every_naming_where_they_are_spoken_of(deals, tmp_path):
+    train = deals / "train.txt"
+    train.write_text(train.read_text().replace("ok deal", "ok , a ball , all books hats and balls"))
+    corpus = load_corpus(config_of("deal_or_no_deal", deals, tokenizer__min_count=1), tmp_path)
+    assert len(corpus.protocol.naming_XV) == 6
+
+
 def test_items_without_a_token_of_their_own_have_one_naming():
-    assert item_names(pieces_of("a book and two hats")) == []
+    assert item_names(pieces_of("a book and two hats"), NAMES) == []
     usual = pieces_of("book hat ball books hats balls")
-    assert [usual.decode(tokens) for tokens in item_names(usual)] == ["book hat ball", "books hats balls"]
+    assert [usual.decode(tokens) for tokens in item_names(usual, NAMES, OTHER_NAMES)] == [
+        "book hat ball",
+        "books hats balls",
+    ]
     assert len(pr.make_protocol("negotiation", 40).naming_XV) == 1
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mbrl_lm.data import prepare
@@ -25,16 +25,22 @@ class Dataset:
       kind: of the conversations, as `protocol.make_protocol` takes it.
       renamings: a dialogue -> the same under other names of things that the task does not tell apart, its own first: all of
         them, or some where there are too many.
+      names: what the kinds of item are called that a negotiation is about, in each number a name for each kind.
+      other_names: the same, of names that are used seldom.
     """
 
     builder: type[DialogueBuilder]
     kind: Literal["chat", "negotiation"]
     renamings: Callable[[Record], list[Record]] | None = None
+    names: Sequence[Sequence[str]] = ()
+    other_names: Sequence[Sequence[str]] = ()
 
 
 DATASETS = {
     "concierge": Dataset(ChatJsonl, "chat", renaming.renamings),  # logs that the environment writes
-    "deal_or_no_deal": Dataset(DealOrNoDeal, "negotiation", deal_or_no_deal.renamings),
+    "deal_or_no_deal": Dataset(
+        DealOrNoDeal, "negotiation", deal_or_no_deal.renamings, deal_or_no_deal.NAMES, deal_or_no_deal.OTHER_NAMES
+    ),
     "multiwoz": Dataset(MultiWoz, "chat"),
     "sgd": Dataset(Sgd, "chat"),
     "chat_jsonl": Dataset(ChatJsonl, "chat"),  # any chats in the project's own form

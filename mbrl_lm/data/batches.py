@@ -50,7 +50,7 @@ def join(parts: Sequence[Dialogue]) -> Dialogue:
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def rows_at_once(dialogues: int) -> int:
+def rows_for(dialogues: int) -> int:
     """How many of so many dialogues are computed together: 64, or all of them, in eights, where there are fewer."""
     return min(64, 8 * math.ceil(max(dialogues, 1) / 8))
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from mbrl_lm import config, tokenizer
 from mbrl_lm.data import DATASETS, load
-from mbrl_lm.data.builders.deal_or_no_deal import CALLED, NAMES
 from mbrl_lm.data.encode import encode
 from mbrl_lm.data.records import DataError, Record, hold_out
 from mbrl_lm.envs.concierge import logs, vocabulary
@@ -63,13 +62,14 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         known = () if cfg.data_dir else (" ".join(vocabulary()),)  # of the embedded world: few logs may not hold every word
         write_atomic(model, tokenizer.train(itertools.chain(texts, known), cfg.tokenizer))
     pieces = tokenizer.load(str(model))
-    kind, renamings = DATASETS[cfg.data].kind, DATASETS[cfg.data].renamings
+    dataset = DATASETS[cfg.data]
+    kind, renamings = dataset.kind, dataset.renamings
     between = token_of(pieces, SEPARATOR)
     if cfg.world_model.goals and (between < 0 or not any(SEPARATOR in record.context for record in train)):
         raise config.ConfigError(
             f"world_model.goals needs contexts that list items, {SEPARATOR!r} between them: set it to 0"
         )
-    names = item_names(pieces) if kind == "negotiation" else ()
+    names = item_names(pieces, dataset.names, dataset.other_names)
     protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, between, names)
     if kind == "negotiation":
         shared = {record.scenario for record in train} & {record.scenario for record in val}
@@ -104,11 +104,12 @@ def token_of(pieces: Tokenizer, word: str) -> int:
     return tokens[0] if len(tokens) == 1 and tokens[0] not in pieces.unknown else -1
 
 
-def item_names(pieces: Tokenizer) -> list[list[int]]:
-    """The tokens that the kinds of item are called, one for each kind; none where a name is no token of its own."""
-    names = [[token_of(pieces, word) for word in called] for called in CALLED]
-    usual = itertools.chain(*names[-len(NAMES) :])
-    return [] if -1 in usual else [tokens for tokens in names if -1 not in tokens]
+def item_names(
+    pieces: Tokenizer, names: Sequence[Sequence[str]], other_names: Sequence[Sequence[str]] = ()
+) -> list[list[int]]:
+    """The tokens that the kinds of item are called, one for each kind; none where a usual name is no token of its own."""
+    others, usual = ([[token_of(pieces, word) for word in row] for row in rows] for rows in (other_names, names))
+    return [] if any(-1 in row for row in usual) else [row for row in (*others, *usual) if -1 not in row]
 
 
 def rename(

@@ -18,8 +18,8 @@ ROLE = {"YOU": "assistant", "THEM": "user"}
 SELECTION = "<selection>"  # what the speaker who calls for the outcome says
 NO_DEAL = ("<disagree>", "<no_agreement>", "<disconnect>")
 NAMES = (("book", "hat", "ball"), ("books", "hats", "balls"))
-CALLED = (("book", "hat", "basketball"), ("books", "hats", "basketballs"), *NAMES)
-ALSO = {x: name for names in zip(CALLED, NAMES, strict=False) for x, name in zip(*names, strict=True) if x != name}
+OTHER_NAMES = (("book", "hat", "basketball"), ("books", "hats", "basketballs"))
+ALSO = {x: name for names in zip(OTHER_NAMES, NAMES, strict=True) for x, name in zip(*names, strict=True) if x != name}
 ADVICE = (
     "A line reads '<input> c0 v0 c1 v1 c2 v2 </input> <dialogue> YOU: words <eos> THEM: words <eos> ... YOU: <selection> "
     "</dialogue> <output> six outcomes </output> <partner_input> c0 w0 c1 w1 c2 w2 </partner_input>': fetch the file again."
