@@ -9,7 +9,7 @@ import numpy as np
 
 from mbrl_lm import goals, outcome, rollout
 from mbrl_lm import protocol as pr
-from mbrl_lm.data.batches import chunks, take
+from mbrl_lm.data.batches import chunks, rows_for, take
 from mbrl_lm.nn import Net
 from mbrl_lm.scoring import score
 from mbrl_lm.sharding import pjit
@@ -48,7 +48,7 @@ class Heldout:
       net, protocol, tokenizer: what is judged.
       mesh: the device mesh.
       dialogues: held-out dialogues, numpy.
-      rows: dialogues scored at a time.
+      rows: dialogues scored at a time, at most.
       open_loop: of them, how many the open-loop figures are made of.
       most: items of the context that the user may want, see `goals`; 0: that is not modelled.
     """
@@ -56,7 +56,7 @@ class Heldout:
     def __init__(
         self, net: Net, protocol: pr.Protocol, tokenizer: Tokenizer, mesh, dialogues, rows=64, open_loop=256, most=0
     ):
-        self._dialogues, self._rows = dialogues, min(rows, 2 * (len(dialogues.uid_B) // 2) or 1)
+        self._dialogues, self._rows = dialogues, rows_for(len(dialogues.uid_B), rows)
         self._open_loop = take(dialogues, np.arange(min(open_loop, len(dialogues.uid_B))))
         T = dialogues.token_BT.shape[1]
         words_V = words_per_token(tokenizer)

@@ -50,9 +50,9 @@ def join(parts: Sequence[Dialogue]) -> Dialogue:
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def rows_for(dialogues: int) -> int:
-    """How many of so many dialogues are computed together: 64, or all of them, in eights, where there are fewer."""
-    return min(64, 8 * math.ceil(max(dialogues, 1) / 8))
+def rows_for(dialogues: int, most: int = 64) -> int:
+    """How many of so many dialogues are computed together: `most`, or all of them, in eights, where there are fewer."""
+    return min(most, 8 * math.ceil(max(dialogues, 1) / 8))
 
 
 def chunks(dialogues: Dialogue, rows: int) -> Iterator[tuple[Dialogue, np.ndarray]]:

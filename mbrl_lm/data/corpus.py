@@ -63,15 +63,14 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         write_atomic(model, tokenizer.train(itertools.chain(texts, known), cfg.tokenizer))
     pieces = tokenizer.load(str(model))
     dataset = DATASETS[cfg.data]
-    kind, renamings = dataset.kind, dataset.renamings
     between = token_of(pieces, SEPARATOR)
     if cfg.world_model.goals and (between < 0 or not any(SEPARATOR in record.context for record in train)):
         raise config.ConfigError(
             f"world_model.goals needs contexts that list items, {SEPARATOR!r} between them: set it to 0"
         )
     names = item_names(pieces, dataset.names, dataset.other_names)
-    protocol = make_protocol(kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, between, names)
-    if kind == "negotiation":
+    protocol = make_protocol(dataset.kind, pieces.vocab_size, pieces.unknown, cfg.turn_tokens, between, names)
+    if dataset.kind == "negotiation":
         shared = {record.scenario for record in train} & {record.scenario for record in val}
         if shared:
             places = f"train.txt and in {cfg.eval.split}.txt"
@@ -82,8 +81,8 @@ def load_corpus(cfg: config.Config, workdir: pathlib.Path) -> Corpus:
         return encode(records, pieces, protocol, cfg.tokens, cfg.turns)
 
     def renamed(records, *other_sides):
-        wanted = records and renamings and cfg.train.renamed
-        return tokens(rename(records, renamings, *other_sides)) if wanted else None
+        wanted = records and dataset.renamings and cfg.train.renamed
+        return tokens(rename(records, dataset.renamings, *other_sides)) if wanted else None
 
     return Corpus(
         tokenizer=pieces,
